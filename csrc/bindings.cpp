@@ -1,0 +1,333 @@
+// torch.ops.steer_engine: checks tensors, takes their pointers and runs the kernels on Torch's threads. Outputs are the
+// caller's. The only file (with check_tensor.h) that includes Torch, and of Torch only the stable ABI.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <optional>
+
+#include "check_tensor.h"
+#include "cpu/dispatch.h"
+#include "cpu/ops.h"
+
+namespace steer {
+
+namespace {
+
+constexpr ScalarType kFp32 = ScalarType::Float;
+constexpr ScalarType kBf16 = ScalarType::BFloat16;
+constexpr ScalarType kInt32 = ScalarType::Int;
+constexpr ScalarType kInt64 = ScalarType::Long;
+
+bool is_bf16(const Tensor& tensor) { return tensor.scalar_type() == kBf16; }
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Runs all tasks on Torch's pool. Each thread takes the next task when it is free: rows differ in length, and a core
+// may be busy with another process.
+template <class Args>
+void run_tasks(int64_t num_tasks, const Args& args, void (*kernel)(const Args&, int64_t, int64_t)) {
+  const int64_t num_threads = std::min<int64_t>(torch::stable::get_num_threads(), num_tasks);
+  if (num_threads <= 1) {
+    kernel(args, 0, num_tasks);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1)) < num_tasks;) kernel(args, task, task + 1);
+  });
+}
+
+Tensor pack_weight_op(const Tensor& weight) {
+  check_tensor(weight, "weight", {{"out_features"}, {"in_features"}}, {kBf16, kFp32});
+  const int64_t out_features = weight.size(0), in_features = weight.size(1);
+  Tensor packed =
+      torch::stable::new_empty(weight, {packed_size(out_features, in_features, is_bf16(weight))});
+  const PackWeightArgs args{data<void>(weight), mutable_data<void>(packed), out_features,
+                            in_features, is_bf16(weight)};
+  run_tasks(round_up(out_features, kLanes) / kLanes, args, pack_weight);
+  return packed;
+}
+
+void linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+               int64_t out_features, bool gelu, bool accumulate, const Tensor& out) {
+  check_that(out_features > 0, "out_features must be positive, got " + std::to_string(out_features));
+  check_tensor(x, "x", {{"num_rows"}, {"in_features"}}, {kBf16, kFp32}, Layout::kUnitStride);
+  const int64_t num_rows = x.size(0), in_features = x.size(1);
+  check_tensor(packed, "packed", {{"packed_size", packed_size(out_features, in_features, is_bf16(x))}},
+               {x.scalar_type()});
+  if (bias) check_tensor(*bias, "bias", {{"out_features", out_features}}, {kFp32});
+  check_tensor(out, "out", {{"num_rows", num_rows}, {"out_features", out_features}}, {kBf16, kFp32},
+               Layout::kUnitStride);
+  check_that(!accumulate || !is_bf16(out), "out must be fp32 where accumulate is set, got bf16");
+  const LinearArgs args{
+      .x = data<void>(x),
+      .x_row_stride = x.stride(0),
+      .packed = data<void>(packed),
+      .bias = data<float>(bias),
+      .out = mutable_data<void>(out),
+      .out_row_stride = out.stride(0),
+      .num_rows = num_rows,
+      .in_features = in_features,
+      .out_features = out_features,
+      .is_bf16 = is_bf16(x),
+      .out_is_bf16 = is_bf16(out),
+      .gelu = gelu,
+      .accumulate = accumulate,
+  };
+  const int64_t num_panels = round_up(out_features, kPanelWidth) / kPanelWidth;
+  run_tasks(num_rows == 0 ? 0 : num_panels, args, kernels().linear);
+}
+
+void layer_norm_op(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
+                   const Tensor& out) {
+  check_tensor(x, "x", {{"num_rows"}, {"hidden_size"}}, {kFp32}, Layout::kUnitStride);
+  const int64_t num_rows = x.size(0), hidden_size = x.size(1);
+  check_tensor(weight, "weight", {{"hidden_size", hidden_size}}, {kFp32});
+  check_tensor(bias, "bias", {{"hidden_size", hidden_size}}, {kFp32});
+  check_tensor(out, "out", {{"num_rows", num_rows}, {"hidden_size", hidden_size}}, {kBf16, kFp32},
+               Layout::kUnitStride);
+  const LayerNormArgs args{
+      .x = data<float>(x),
+      .x_row_stride = x.stride(0),
+      .weight = data<float>(weight),
+      .bias = data<float>(bias),
+      .out = mutable_data<void>(out),
+      .out_row_stride = out.stride(0),
+      .num_rows = num_rows,
+      .hidden_size = hidden_size,
+      .eps = static_cast<float>(eps),
+      .out_is_bf16 = is_bf16(out),
+  };
+  run_tasks(num_rows, args, kernels().layer_norm);
+}
+
+void rotary_and_store_op(const Tensor& qkv, const std::optional<Tensor>& cos,
+                         const std::optional<Tensor>& sin, const Tensor& positions,
+                         const Tensor& slot_mapping, int64_t num_heads, const Tensor& k_cache,
+                         const Tensor& v_cache) {
+  check_tensor(k_cache, "k_cache", {{"num_blocks"}, {"block_size"}, {"num_kv_heads"}, {"head_dim"}},
+               {kBf16, kFp32});
+  const int64_t num_slots = k_cache.size(0) * k_cache.size(1);
+  const int64_t num_kv_heads = k_cache.size(2), head_dim = k_cache.size(3);
+  check_tensor(v_cache, "v_cache",
+               {{"num_blocks", k_cache.size(0)},
+                {"block_size", k_cache.size(1)},
+                {"num_kv_heads", num_kv_heads},
+                {"head_dim", head_dim}},
+               {k_cache.scalar_type()});
+  check_tensor(qkv, "qkv",
+               {{"num_tokens"}, {"qkv_size", (num_heads + 2 * num_kv_heads) * head_dim}},
+               {k_cache.scalar_type()}, Layout::kUnitStride);
+  const int64_t num_tokens = qkv.size(0);
+  check_tensor(positions, "positions", {{"num_tokens", num_tokens}}, {kInt32});
+  check_tensor(slot_mapping, "slot_mapping", {{"num_tokens", num_tokens}}, {kInt64});
+  check_range(data<int64_t>(slot_mapping), num_tokens, -1, num_slots, "slot_mapping");
+  check_that(cos.has_value() == sin.has_value(), "cos and sin must both be given or both be None");
+  if (cos) {
+    check_that(head_dim % 2 == 0, "head_dim must be even, got " + std::to_string(head_dim));
+    check_tensor(*cos, "cos", {{"max_model_len"}, {"head_dim / 2", head_dim / 2}}, {kFp32});
+    check_tensor(*sin, "sin", {{"max_model_len", cos->size(0)}, {"head_dim / 2", head_dim / 2}},
+                 {kFp32});
+    check_range(data<int32_t>(positions), num_tokens, 0, cos->size(0), "positions");
+  }
+  const RotaryAndStoreArgs args{
+      .qkv = mutable_data<void>(qkv),
+      .qkv_row_stride = qkv.stride(0),
+      .cos = data<float>(cos),
+      .sin = data<float>(sin),
+      .positions = data<int32_t>(positions),
+      .slot_mapping = data<int64_t>(slot_mapping),
+      .k_cache = mutable_data<void>(k_cache),
+      .v_cache = mutable_data<void>(v_cache),
+      .num_tokens = num_tokens,
+      .num_heads = num_heads,
+      .num_kv_heads = num_kv_heads,
+      .head_dim = head_dim,
+      .is_bf16 = is_bf16(qkv),
+  };
+  run_tasks(num_tokens, args, kernels().rotary_and_store);
+}
+
+// Every block that a row will read must be in the cache.
+void check_block_tables(const PagedAttentionArgs& a, int64_t num_tables, int64_t num_blocks) {
+  check_range(a.table_ids, a.num_rows, 0, num_tables, "table_ids");
+  check_range(a.seq_lens, a.num_rows, 0, a.max_blocks * a.block_size + 1, "seq_lens");
+  if (a.alibi) check_range(a.seq_lens, a.num_rows, 0, a.max_model_len + 1, "seq_lens");
+  for (int64_t row = 0; row < a.num_rows; ++row) {
+    const int64_t blocks_read = (a.seq_lens[row] + a.block_size - 1) / a.block_size;
+    check_range(a.block_tables + a.table_ids[row] * a.max_blocks, blocks_read, 0, num_blocks,
+                "block_tables");
+  }
+}
+
+// One task per row and kv head, unless that leaves threads idle: then a row's heads are split.
+int64_t choose_num_splits(int64_t num_rows, int64_t num_kv_heads, int64_t heads_per_kv) {
+  const int64_t num_threads = torch::stable::get_num_threads();
+  const int64_t num_tasks = num_rows * num_kv_heads;
+  if (num_threads <= 1 || num_tasks >= 4 * num_threads) return 1;
+  return std::min(heads_per_kv, (4 * num_threads + num_tasks - 1) / std::max<int64_t>(num_tasks, 1));
+}
+
+void paged_attention_op(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache,
+                        const Tensor& block_tables, const Tensor& table_ids, const Tensor& seq_lens,
+                        const std::optional<Tensor>& alibi, int64_t num_heads, double scale,
+                        const Tensor& out) {
+  check_tensor(k_cache, "k_cache", {{"num_blocks"}, {"block_size"}, {"num_kv_heads"}, {"head_dim"}},
+               {kBf16, kFp32});
+  const int64_t num_blocks = k_cache.size(0), block_size = k_cache.size(1);
+  const int64_t num_kv_heads = k_cache.size(2), head_dim = k_cache.size(3);
+  check_tensor(v_cache, "v_cache",
+               {{"num_blocks", num_blocks},
+                {"block_size", block_size},
+                {"num_kv_heads", num_kv_heads},
+                {"head_dim", head_dim}},
+               {k_cache.scalar_type()});
+  check_that(num_heads > 0 && num_kv_heads > 0 && num_heads % num_kv_heads == 0,
+             "num_heads must be a multiple of num_kv_heads=" + std::to_string(num_kv_heads) +
+                 ", got " + std::to_string(num_heads));
+  check_tensor(qkv, "qkv",
+               {{"num_rows"}, {"qkv_size", (num_heads + 2 * num_kv_heads) * head_dim}},
+               {k_cache.scalar_type()}, Layout::kUnitStride);
+  const int64_t num_rows = qkv.size(0);
+  check_tensor(block_tables, "block_tables", {{"num_tables"}, {"max_blocks"}}, {kInt32});
+  check_tensor(table_ids, "table_ids", {{"num_rows", num_rows}}, {kInt32});
+  check_tensor(seq_lens, "seq_lens", {{"num_rows", num_rows}}, {kInt32});
+  if (alibi) {
+    check_tensor(*alibi, "alibi", {{"num_heads", num_heads}, {"max_model_len"}}, {kFp32});
+  }
+  check_tensor(out, "out", {{"num_rows", num_rows}, {"num_heads * head_dim", num_heads * head_dim}},
+               {k_cache.scalar_type()}, Layout::kUnitStride);
+  const PagedAttentionArgs args{
+      .qkv = data<void>(qkv),
+      .qkv_row_stride = qkv.stride(0),
+      .k_cache = data<void>(k_cache),
+      .v_cache = data<void>(v_cache),
+      .block_tables = data<int32_t>(block_tables),
+      .max_blocks = block_tables.size(1),
+      .table_ids = data<int32_t>(table_ids),
+      .seq_lens = data<int32_t>(seq_lens),
+      .alibi = data<float>(alibi),
+      .max_model_len = alibi ? alibi->size(1) : 0,
+      .out = mutable_data<void>(out),
+      .out_row_stride = out.stride(0),
+      .num_rows = num_rows,
+      .num_heads = num_heads,
+      .num_kv_heads = num_kv_heads,
+      .head_dim = head_dim,
+      .block_size = block_size,
+      .scale = static_cast<float>(scale),
+      .num_splits = choose_num_splits(num_rows, num_kv_heads, num_heads / num_kv_heads),
+      .is_bf16 = is_bf16(qkv),
+  };
+  check_block_tables(args, block_tables.size(0), num_blocks);
+  run_tasks(num_rows * num_kv_heads * args.num_splits, args, kernels().paged_attention);
+}
+
+void guided_sample_op(const Tensor& logits, const Tensor& weights, const Tensor& inv_temperature,
+                      const Tensor& greedy, const Tensor& log_alpha, const Tensor& top_k,
+                      const Tensor& top_p_fixed, int64_t seed, const Tensor& stream_ids,
+                      const Tensor& steps, const Tensor& token_ids, const Tensor& logprobs,
+                      const Tensor& status, const Tensor& num_kept, const Tensor& total_mass) {
+  check_tensor(logits, "logits", {{"num_passes"}, {"num_seqs"}, {"vocab_size"}}, {kBf16, kFp32},
+               Layout::kUnitStride);
+  const int64_t num_passes = logits.size(0), num_seqs = logits.size(1);
+  check_that(num_passes >= 1 && num_passes <= 3 && logits.size(2) >= 1,
+             "logits must have 1 to 3 passes and a vocabulary, got " + describe(logits));
+  check_tensor(weights, "weights", {{"num_passes", num_passes}, {"num_seqs", num_seqs}}, {kFp32});
+  const auto check_per_seq = [&](const Tensor& tensor, const char* name, ScalarType dtype) {
+    check_tensor(tensor, name, {{"num_seqs", num_seqs}}, {dtype});
+  };
+  check_per_seq(inv_temperature, "inv_temperature", kFp32);
+  check_per_seq(greedy, "greedy", ScalarType::Bool);
+  check_per_seq(log_alpha, "log_alpha", kFp32);
+  check_per_seq(top_k, "top_k", kInt32);
+  check_per_seq(top_p_fixed, "top_p_fixed", kInt64);
+  check_per_seq(stream_ids, "stream_ids", kInt64);
+  check_per_seq(steps, "steps", kInt32);
+  check_per_seq(token_ids, "token_ids", kInt64);
+  check_per_seq(logprobs, "logprobs", kFp32);
+  check_per_seq(status, "status", kInt32);
+  check_per_seq(num_kept, "num_kept", kInt32);
+  check_per_seq(total_mass, "total_mass", kInt64);
+  const GuidedSampleArgs args{
+      .logits = data<void>(logits),
+      .pass_stride = logits.stride(0),
+      .seq_stride = logits.stride(1),
+      .weights = data<float>(weights),
+      .inv_temperature = data<float>(inv_temperature),
+      .greedy = data<bool>(greedy),
+      .log_alpha = data<float>(log_alpha),
+      .top_k = data<int32_t>(top_k),
+      .top_p_fixed = data<int64_t>(top_p_fixed),
+      .seed = static_cast<uint64_t>(seed),
+      .stream_ids = data<int64_t>(stream_ids),
+      .steps = data<int32_t>(steps),
+      .token_ids = mutable_data<int64_t>(token_ids),
+      .logprobs = mutable_data<float>(logprobs),
+      .status = mutable_data<int32_t>(status),
+      .num_kept = mutable_data<int32_t>(num_kept),
+      .total_mass = mutable_data<int64_t>(total_mass),
+      .num_passes = num_passes,
+      .num_seqs = num_seqs,
+      .vocab_size = logits.size(2),
+      .is_bf16 = is_bf16(logits),
+  };
+  run_tasks(num_seqs, args, kernels().guided_sample);
+}
+
+void set_cpu_isa_op(std::string name) { set_cpu_isa(name); }
+
+}  // namespace
+
+}  // namespace steer
+
+STABLE_TORCH_LIBRARY(steer_engine, m) {
+  m.def("cpu_isa() -> str");
+  m.def("set_cpu_isa(str name) -> ()");
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor packed, Tensor? bias, int out_features, bool gelu, bool accumulate, "
+      "Tensor(a!) out) -> ()");
+  m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()");
+  m.def(
+      "rotary_and_store(Tensor(a!) qkv, Tensor? cos, Tensor? sin, Tensor positions, "
+      "Tensor slot_mapping, int num_heads, Tensor(b!) k_cache, Tensor(c!) v_cache) -> ()");
+  m.def(
+      "paged_attention(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
+      "Tensor table_ids, Tensor seq_lens, Tensor? alibi, int num_heads, float scale, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "guided_sample(Tensor logits, Tensor weights, Tensor inv_temperature, Tensor greedy, "
+      "Tensor log_alpha, Tensor top_k, Tensor top_p_fixed, int seed, Tensor stream_ids, "
+      "Tensor steps, Tensor(a!) token_ids, Tensor(b!) logprobs, Tensor(c!) status, "
+      "Tensor(d!) num_kept, Tensor(e!) total_mass) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(steer_engine, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&steer::cpu_isa));
+  m.impl("set_cpu_isa", TORCH_BOX(&steer::set_cpu_isa_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(steer_engine, CPU, m) {
+  m.impl("pack_weight", TORCH_BOX(&steer::pack_weight_op));
+  m.impl("linear", TORCH_BOX(&steer::linear_op));
+  m.impl("layer_norm", TORCH_BOX(&steer::layer_norm_op));
+  m.impl("rotary_and_store", TORCH_BOX(&steer::rotary_and_store_op));
+  m.impl("paged_attention", TORCH_BOX(&steer::paged_attention_op));
+  m.impl("guided_sample", TORCH_BOX(&steer::guided_sample_op));
+}

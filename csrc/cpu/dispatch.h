@@ -1,0 +1,18 @@
+// Which instruction set the ops use: the best that the machine has, unless lowered.
+#pragma once
+
+#include <string>
+
+#include "cpu/ops.h"
+
+namespace steer {
+
+const Kernels& kernels();
+
+// "portable", "avx2", "avx512" or "avx512_bf16".
+std::string cpu_isa();
+
+// Uses `name` from now on, or the machine's best if that is less. Throws std::invalid_argument for an unknown name.
+void set_cpu_isa(const std::string& name);
+
+}  // namespace steer

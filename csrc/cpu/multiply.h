@@ -1,0 +1,103 @@
+// sums[row][column] += sum over k of x[row][k] * packed[k][column], the inner product of linear and of attention.
+//
+// The order of the additions for one (row, column) is k = 0, 1, 2, ... in one accumulator, whatever tile the row falls
+// into and however k is cut into calls: sums go to memory and back unrounded. So a row's result does not depend on its
+// neighbours.
+#pragma once
+
+namespace steer::STEER_ISA {
+
+// fp32 weights: one input by 16 outputs. (bf16: two inputs by 16 outputs, see Bf16Weights.)
+inline F16 load_weights(const float* p) { return load(p); }
+inline F16 multiply_add(F16 sum, const float* x, F16 w) { return fma(splat(*x), w, sum); }
+
+template <class T>
+constexpr int64_t kStep = sizeof(T) == 2 ? 2 : 1;
+
+// One step over all sums of a tile.
+template <int kRows, int kGroups, class T>
+[[gnu::always_inline]] inline void multiply_step(const T* x, int64_t x_row_stride, const T* packed,
+                                                 int64_t group_stride,
+                                                 F16 (&sums)[kRows][kGroups]) {
+  decltype(load_weights(packed)) weights[kGroups];
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) weights[g] = load_weights(packed + g * group_stride);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      sums[r][g] = multiply_add(sums[r][g], x + r * x_row_stride, weights[g]);
+    }
+  }
+}
+
+template <int kRows, int kGroups, class T>
+inline void multiply_tile(const T* x, int64_t x_row_stride, const T* packed, int64_t group_stride,
+                          int64_t k_len, float* sums_in_memory, int64_t sums_row_stride) {
+  F16 sums[kRows][kGroups];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      sums[r][g] = load(sums_in_memory + r * sums_row_stride + g * kLanes);
+    }
+  }
+  int64_t k = 0;
+  for (; k + kStep<T> <= k_len; k += kStep<T>) {
+    multiply_step(x + k, x_row_stride, packed + k * kLanes, group_stride, sums);
+  }
+  if (k < k_len) {
+    // An odd last input: its partner is 0, as in the packed weight; what lies behind the row may be NaN.
+    T last[kRows][kStep<T>] = {};
+    for (int r = 0; r < kRows; ++r) last[r][0] = x[r * x_row_stride + k];
+    multiply_step(&last[0][0], kStep<T>, packed + k * kLanes, group_stride, sums);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int g = 0; g < kGroups; ++g) {
+      store(sums_in_memory + r * sums_row_stride + g * kLanes, sums[r][g]);
+    }
+  }
+}
+
+// num_rows <= kRows.
+template <int kRows, int kGroups, class T>
+inline void multiply_rows(int64_t num_rows, const T* x, int64_t x_row_stride, const T* packed,
+                          int64_t group_stride, int64_t k_len, float* sums,
+                          int64_t sums_row_stride) {
+  if (num_rows == kRows) {
+    multiply_tile<kRows, kGroups>(x, x_row_stride, packed, group_stride, k_len, sums,
+                                  sums_row_stride);
+  } else if constexpr (kRows > 1) {
+    multiply_rows<kRows - 1, kGroups>(num_rows, x, x_row_stride, packed, group_stride, k_len, sums,
+                                      sums_row_stride);
+  }
+}
+
+// All tiles of num_rows x num_groups. packed points at the first k of the first group; the next group of 16 columns
+// begins group_stride values further.
+template <class T>
+inline void multiply(const T* x, int64_t x_row_stride, int64_t num_rows, const T* packed,
+                     int64_t group_stride, int64_t num_groups, int64_t k_len, float* sums,
+                     int64_t sums_row_stride) {
+  for (int64_t group = 0; group < num_groups;) {
+    const bool is_full = num_groups - group >= kColumnTile;
+    const T* tile = packed + group * group_stride;
+    for (int64_t row = 0; row < num_rows; row += kRowTile) {
+      const int64_t rows = std::min<int64_t>(kRowTile, num_rows - row);
+      const T* x_tile = x + row * x_row_stride;
+      float* sums_tile = sums + row * sums_row_stride + group * kLanes;
+      if (is_full) {
+        multiply_rows<kRowTile, kColumnTile>(rows, x_tile, x_row_stride, tile, group_stride, k_len,
+                                             sums_tile, sums_row_stride);
+      } else {
+        multiply_rows<kRowTile, 1>(rows, x_tile, x_row_stride, tile, group_stride, k_len, sums_tile,
+                                   sums_row_stride);
+      }
+    }
+    group += is_full ? kColumnTile : 1;
+  }
+}
+
+}  // namespace steer::STEER_ISA

@@ -1,0 +1,117 @@
+// The CPU ops: their arguments and their entry points. Plain pointers and sizes; bindings.cpp has checked them.
+//
+// Every op is a number of independent tasks, and an entry point runs the tasks [begin, end). No task's arithmetic
+// depends on how the tasks are grouped, so results do not depend on the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace steer {
+
+// A packed weight is [out_features / kLanes][in_features / step][kLanes][step], zero padded; step is 2 in bf16 and 1 in
+// fp32. So 16 output columns lie side by side, as the multiply-add instructions want them.
+constexpr int64_t kLanes = 16;
+
+// A task of `linear` is this many output columns. 64 columns of 4544 inputs are 0.6 MB in bf16, which stays in L2 while
+// all rows pass over it.
+constexpr int64_t kPanelWidth = 64;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+constexpr int64_t packed_size(int64_t out_features, int64_t in_features, bool is_bf16) {
+  return round_up(out_features, kLanes) * (is_bf16 ? round_up(in_features, 2) : in_features);
+}
+
+struct PackWeightArgs {
+  const void* weight;  // [out_features, in_features]
+  void* packed;
+  int64_t out_features, in_features;
+  bool is_bf16;
+};
+
+struct LinearArgs {
+  const void* x;  // [num_rows, in_features]
+  int64_t x_row_stride;
+  const void* packed;
+  const float* bias;  // [out_features] or null
+  void* out;          // [num_rows, out_features]
+  int64_t out_row_stride;
+  int64_t num_rows, in_features, out_features;
+  bool is_bf16, out_is_bf16, gelu, accumulate;
+};
+
+struct LayerNormArgs {
+  const float* x;  // [num_rows, hidden_size]
+  int64_t x_row_stride;
+  const float *weight, *bias;  // [hidden_size]
+  void* out;                   // [num_rows, hidden_size]
+  int64_t out_row_stride;
+  int64_t num_rows, hidden_size;
+  float eps;
+  bool out_is_bf16;
+};
+
+struct RotaryAndStoreArgs {
+  void* qkv;  // [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+  int64_t qkv_row_stride;
+  const float *cos, *sin;       // [max_model_len, head_dim / 2], or null: no rotation
+  const int32_t* positions;     // [num_tokens]
+  const int64_t* slot_mapping;  // [num_tokens], -1 = do not store
+  void *k_cache, *v_cache;      // [num_slots, num_kv_heads, head_dim]
+  int64_t num_tokens, num_heads, num_kv_heads, head_dim;
+  bool is_bf16;
+};
+
+struct PagedAttentionArgs {
+  const void* qkv;  // [num_rows, >= num_heads * head_dim]
+  int64_t qkv_row_stride;
+  const void *k_cache, *v_cache;  // [num_blocks, block_size, num_kv_heads, head_dim]
+  const int32_t* block_tables;    // [num_tables, max_blocks]
+  int64_t max_blocks;
+  const int32_t *table_ids, *seq_lens;  // [num_rows]
+  const float* alibi;                   // [num_heads, max_model_len] or null
+  int64_t max_model_len;
+  void* out;  // [num_rows, num_heads * head_dim]
+  int64_t out_row_stride;
+  int64_t num_rows, num_heads, num_kv_heads, head_dim, block_size;
+  float scale;
+  int64_t num_splits;  // a row's heads are this many tasks per kv head
+  bool is_bf16;
+};
+
+struct GuidedSampleArgs {
+  const void* logits;  // [num_passes, num_seqs, vocab_size]
+  int64_t pass_stride, seq_stride;
+  const float* weights;          // [num_passes, num_seqs]
+  const float* inv_temperature;  // this and the following: [num_seqs]
+  const bool* greedy;
+  const float* log_alpha;
+  const int32_t* top_k;
+  const int64_t* top_p_fixed;
+  uint64_t seed;
+  const int64_t* stream_ids;
+  const int32_t* steps;
+  int64_t* token_ids;
+  float* logprobs;
+  int32_t *status, *num_kept;
+  int64_t* total_mass;
+  int64_t num_passes, num_seqs, vocab_size;
+  bool is_bf16;
+};
+
+// Tasks: groups of 16 output columns.
+void pack_weight(const PackWeightArgs& args, int64_t begin, int64_t end);
+
+// The kernels of one instruction set.
+struct Kernels {
+  void (*linear)(const LinearArgs&, int64_t, int64_t);                    // tasks: panels
+  void (*layer_norm)(const LayerNormArgs&, int64_t, int64_t);             // tasks: rows
+  void (*rotary_and_store)(const RotaryAndStoreArgs&, int64_t, int64_t);  // tasks: tokens
+  void (*paged_attention)(const PagedAttentionArgs&, int64_t, int64_t);   // tasks: row, kv head, split
+  void (*guided_sample)(const GuidedSampleArgs&, int64_t, int64_t);       // tasks: sequences
+};
+
+}  // namespace steer

@@ -1,0 +1,143 @@
+// F16, 16 fp32 lanes, as two AVX2 registers. simd_portable.h says what each function means.
+#pragma once
+
+namespace steer::STEER_ISA {
+
+// 4 x 1 sums take 8 of 16 registers, the weights of a bf16 pair 4.
+constexpr int kRowTile = 4;
+constexpr int kColumnTile = 1;
+
+struct F16 {
+  __m256 lo, hi;
+};
+
+struct Mask {
+  __m256 lo, hi;
+};
+
+inline __m256 as_float(__m256i bits) { return _mm256_castsi256_ps(bits); }
+inline __m256i as_bits(__m256 a) { return _mm256_castps_si256(a); }
+
+inline F16 splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline F16 load(const bf16* p) {
+  const __m128i* halves = reinterpret_cast<const __m128i*>(p);
+  const __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves));
+  const __m256i hi = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves + 1));
+  return {as_float(_mm256_slli_epi32(lo, 16)), as_float(_mm256_slli_epi32(hi, 16))};
+}
+inline void store(float* p, F16 a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+inline __m256i rounded_to_bf16(__m256 a) {
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(as_bits(a), 16), _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_add_epi32(as_bits(a), _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i is_nan = as_bits(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), is_nan);
+}
+inline void store(bf16* p, F16 a) {
+  const __m256i packed = _mm256_packus_epi32(rounded_to_bf16(a.lo), rounded_to_bf16(a.hi));
+  // packus works within 128-bit halves; put the quarters back in order.
+  const __m256i ordered = _mm256_permute4x64_epi64(packed, 0b11011000);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
+}
+
+inline F16 operator+(F16 a, F16 b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline F16 operator-(F16 a, F16 b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline F16 operator*(F16 a, F16 b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+inline F16 fma(F16 a, F16 b, F16 c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline F16 max(F16 a, F16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline F16 min(F16 a, F16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline F16 round_to_even(F16 a) {
+  constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.lo, kMode), _mm256_round_ps(a.hi, kMode)};
+}
+inline F16 truncate(F16 a) {
+  constexpr int kMode = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.lo, kMode), _mm256_round_ps(a.hi, kMode)};
+}
+inline __m256 power_of_two(__m256 n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return as_float(_mm256_slli_epi32(exponent, 23));
+}
+inline F16 power_of_two(F16 n) { return {power_of_two(n.lo), power_of_two(n.hi)}; }
+
+inline Mask greater(F16 a, F16 b) {
+  return {_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ)};
+}
+inline Mask not_greater_equal(F16 a, F16 b) {
+  return {_mm256_cmp_ps(a.lo, b.lo, _CMP_NGE_UQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_NGE_UQ)};
+}
+inline Mask operator|(Mask a, Mask b) {
+  return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)};
+}
+inline F16 select(Mask m, F16 a, F16 b) {
+  return {_mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi)};
+}
+inline uint32_t bits(Mask m) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(m.lo)) |
+         static_cast<uint32_t>(_mm256_movemask_ps(m.hi)) << 8;
+}
+
+inline float sum(F16 a) {
+  const __m256 eight = _mm256_add_ps(a.lo, a.hi);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+inline float maximum(F16 a) {
+  const __m256 eight = _mm256_max_ps(a.lo, a.hi);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+// A sum of whole numbers, exact while it stays below 2**53.
+class ExactSum {
+ public:
+  // Written out: GCC would make the implicit constructor without the instruction set of the pragma.
+  ExactSum() : lower_(_mm256_setzero_pd()), upper_(_mm256_setzero_pd()) {}
+  void add(F16 a) {
+    add(a.lo);
+    add(a.hi);
+  }
+  uint64_t total() const {
+    double lanes[4];
+    _mm256_storeu_pd(lanes, _mm256_add_pd(lower_, upper_));
+    return static_cast<uint64_t>(lanes[0] + lanes[1] + lanes[2] + lanes[3]);
+  }
+
+ private:
+  void add(__m256 a) {
+    lower_ = _mm256_add_pd(lower_, _mm256_cvtps_pd(_mm256_castps256_ps128(a)));
+    upper_ = _mm256_add_pd(upper_, _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+  }
+  __m256d lower_, upper_;
+};
+
+struct Bf16Weights {
+  F16 even, odd;
+};
+inline Bf16Weights load_weights(const bf16* p) {
+  const __m256i* halves = reinterpret_cast<const __m256i*>(p);
+  const __m256i lo = _mm256_loadu_si256(halves), hi = _mm256_loadu_si256(halves + 1);
+  const __m256i upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+  return {{as_float(_mm256_slli_epi32(lo, 16)), as_float(_mm256_slli_epi32(hi, 16))},
+          {as_float(_mm256_and_si256(lo, upper)), as_float(_mm256_and_si256(hi, upper))}};
+}
+inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
+  sum = fma(splat(to_float(x_pair[0])), w.even, sum);
+  return fma(splat(to_float(x_pair[1])), w.odd, sum);
+}
+
+}  // namespace steer::STEER_ISA

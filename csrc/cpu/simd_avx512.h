@@ -1,0 +1,107 @@
+// F16, 16 fp32 lanes, as one AVX-512 register. simd_portable.h says what each function means.
+#pragma once
+
+namespace steer::STEER_ISA {
+
+// 6 x 4 sums, 4 weights and a broadcast fill 29 of 32 registers.
+constexpr int kRowTile = 6;
+constexpr int kColumnTile = 4;
+
+struct F16 {
+  __m512 v;
+};
+
+struct Mask {
+  __mmask16 m;
+};
+
+inline F16 splat(float x) { return {_mm512_set1_ps(x)}; }
+inline F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F16 load(const bf16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+inline void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
+inline void store(bf16* p, F16 a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i upper =
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(upper));
+}
+
+inline F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F16 operator*(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F16 round_to_even(F16 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline F16 truncate(F16 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)};
+}
+inline F16 power_of_two(F16 n) {
+  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
+}
+
+inline Mask greater(F16 a, F16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+inline Mask not_greater_equal(F16 a, F16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NGE_UQ)}; }
+inline Mask operator|(Mask a, Mask b) { return {static_cast<__mmask16>(a.m | b.m)}; }
+inline F16 select(Mask m, F16 a, F16 b) { return {_mm512_mask_blend_ps(m.m, b.v, a.v)}; }
+inline uint32_t bits(Mask m) { return m.m; }
+
+inline float sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
+inline float maximum(F16 a) { return _mm512_reduce_max_ps(a.v); }
+
+// A sum of whole numbers, exact while it stays below 2**53.
+class ExactSum {
+ public:
+  // Written out: GCC would make the implicit constructor without the instruction set of the pragma.
+  ExactSum() : lower_(_mm512_setzero_pd()), upper_(_mm512_setzero_pd()) {}
+  void add(F16 a) {
+    const __m256 upper = _mm512_extractf32x8_ps(a.v, 1);
+    lower_ = _mm512_add_pd(lower_, _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)));
+    upper_ = _mm512_add_pd(upper_, _mm512_cvtps_pd(upper));
+  }
+  uint64_t total() const {
+    return static_cast<uint64_t>(_mm512_reduce_add_pd(_mm512_add_pd(lower_, upper_)));
+  }
+
+ private:
+  __m512d lower_, upper_;
+};
+
+#ifdef STEER_HAS_AVX512_BF16
+// The instruction multiplies pairs as they are stored.
+struct Bf16Weights {
+  __m512bh pairs;
+};
+inline Bf16Weights load_weights(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
+  int32_t pair;
+  std::memcpy(&pair, x_pair, sizeof pair);
+  return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(pair), w.pairs)};
+}
+#else
+struct Bf16Weights {
+  F16 even, odd;
+};
+inline Bf16Weights load_weights(const bf16* p) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))},
+          {_mm512_castsi512_ps(_mm512_and_si512(pairs, upper))}};
+}
+inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
+  sum = fma(splat(to_float(x_pair[0])), w.even, sum);
+  return fma(splat(to_float(x_pair[1])), w.odd, sum);
+}
+#endif
+
+}  // namespace steer::STEER_ISA

@@ -1,0 +1,140 @@
+// F16: 16 fp32 lanes and what the kernels do with them. This file is the definition; simd_avx2.h and simd_avx512.h hold
+// the same functions in instructions. All levels have 16 lanes, so layouts and loops are the same on all.
+#pragma once
+
+namespace steer::STEER_ISA {
+
+// A tile of the matrix product: this many rows by this many groups of 16 columns are summed in registers.
+constexpr int kRowTile = 2;
+constexpr int kColumnTile = 1;
+
+struct F16 {
+  float v[16];
+};
+
+struct Mask {
+  bool m[16];
+};
+
+template <class Function>
+inline F16 each_lane(Function f) {
+  F16 result;
+  for (int i = 0; i < 16; ++i) result.v[i] = f(i);
+  return result;
+}
+
+template <class Function>
+inline Mask each_lane_mask(Function f) {
+  Mask result;
+  for (int i = 0; i < 16; ++i) result.m[i] = f(i);
+  return result;
+}
+
+inline F16 splat(float x) {
+  return each_lane([&](int) { return x; });
+}
+inline F16 load(const float* p) {
+  return each_lane([&](int i) { return p[i]; });
+}
+inline F16 load(const bf16* p) {
+  return each_lane([&](int i) { return to_float(p[i]); });
+}
+inline void store(float* p, F16 a) {
+  for (int i = 0; i < 16; ++i) p[i] = a.v[i];
+}
+inline void store(bf16* p, F16 a) {
+  for (int i = 0; i < 16; ++i) assign(p[i], a.v[i]);
+}
+
+inline F16 operator+(F16 a, F16 b) {
+  return each_lane([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F16 operator-(F16 a, F16 b) {
+  return each_lane([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F16 operator*(F16 a, F16 b) {
+  return each_lane([&](int i) { return a.v[i] * b.v[i]; });
+}
+// a * b + c, with one rounding where the instruction set has it and two here.
+inline F16 fma(F16 a, F16 b, F16 c) { return a * b + c; }
+// Returns b where a is NaN or b is.
+inline F16 max(F16 a, F16 b) {
+  return each_lane([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F16 min(F16 a, F16 b) {
+  return each_lane([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+// For |a| < 2**22: adding 1.5 * 2**23 leaves no bits for a fraction.
+inline F16 round_to_even(F16 a) {
+  constexpr float kShift = 12582912.0f;
+  return each_lane([&](int i) { return (a.v[i] + kShift) - kShift; });
+}
+// Towards zero, for |a| < 2**63.
+inline F16 truncate(F16 a) {
+  return each_lane([&](int i) { return static_cast<float>(static_cast<int64_t>(a.v[i])); });
+}
+// 2**n for whole n from -126 to 127.
+inline F16 power_of_two(F16 n) {
+  return each_lane(
+      [&](int i) { return std::bit_cast<float>((static_cast<int32_t>(n.v[i]) + 127) << 23); });
+}
+
+// False where either side is NaN.
+inline Mask greater(F16 a, F16 b) {
+  return each_lane_mask([&](int i) { return a.v[i] > b.v[i]; });
+}
+// True where either side is NaN.
+inline Mask not_greater_equal(F16 a, F16 b) {
+  return each_lane_mask([&](int i) { return !(a.v[i] >= b.v[i]); });
+}
+inline Mask operator|(Mask a, Mask b) {
+  return each_lane_mask([&](int i) { return a.m[i] | b.m[i]; });
+}
+inline F16 select(Mask m, F16 a, F16 b) {
+  return each_lane([&](int i) { return m.m[i] ? a.v[i] : b.v[i]; });
+}
+// Bit i is lane i.
+inline uint32_t bits(Mask m) {
+  uint32_t result = 0;
+  for (int i = 0; i < 16; ++i) result |= static_cast<uint32_t>(m.m[i]) << i;
+  return result;
+}
+
+// Over the lanes, always in the same order.
+inline float sum(F16 a) {
+  for (int width = 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+  }
+  return a.v[0];
+}
+inline float maximum(F16 a) {
+  for (int i = 1; i < 16; ++i) a.v[0] = a.v[0] > a.v[i] ? a.v[0] : a.v[i];
+  return a.v[0];
+}
+
+// A sum of whole numbers, exact while it stays below 2**53.
+class ExactSum {
+ public:
+  void add(F16 a) {
+    for (int i = 0; i < 16; ++i) total_ += static_cast<uint64_t>(a.v[i]);
+  }
+  uint64_t total() const { return total_; }
+
+ private:
+  uint64_t total_ = 0;
+};
+
+// Two inputs by 16 outputs of a packed bf16 weight; multiply_add adds both products to the sum.
+struct Bf16Weights {
+  F16 even, odd;
+};
+inline Bf16Weights load_weights(const bf16* p) {
+  return {each_lane([&](int i) { return to_float(p[2 * i]); }),
+          each_lane([&](int i) { return to_float(p[2 * i + 1]); })};
+}
+inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
+  sum = fma(splat(to_float(x_pair[0])), w.even, sum);
+  return fma(splat(to_float(x_pair[1])), w.odd, sum);
+}
+
+}  // namespace steer::STEER_ISA

@@ -1,0 +1,97 @@
+"""Launchers of the C++ kernels for the CPU (csrc/cpu); same signatures as `reference`.
+
+Importing this module needs the compiled library to be loaded (see steer_engine.ops).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .reference import guided_probs
+from .reference.guided_sample import Sampled, check_sampling_arguments, prepare_parameters
+from .reference.linear import LinearWeight
+
+__all__ = [
+    "embedding",
+    "guided_probs",
+    "guided_sample",
+    "layer_norm",
+    "linear",
+    "pack_weight",
+    "paged_attention",
+    "rotary_and_store",
+]
+
+PANEL_SIZE = 16  # output features that lie together in a packed weight
+
+
+def pack_weight(weight: torch.Tensor) -> LinearWeight:
+    """Copy a weight into the kernel's layout: bf16 [N/16, K/2, 16, 2], fp32 [N/16, K, 16],
+    zero-padded.
+    """
+    return LinearWeight(torch.ops.steer_engine.pack_weight(weight.contiguous()), *weight.shape)
+
+
+def embedding(weight: LinearWeight, input_ids: torch.Tensor) -> torch.Tensor:
+    """See reference.embedding. Rows are gathered out of the packed layout, so that a tied head is
+    stored once.
+    """
+    num_panels = -(-weight.out_features // PANEL_SIZE)
+    panel, column = input_ids // PANEL_SIZE, input_ids % PANEL_SIZE
+    if weight.data.dtype == torch.bfloat16:
+        rows = weight.data.view(num_panels, -1, PANEL_SIZE, 2)[panel, :, column].flatten(1)
+    else:
+        rows = weight.data.view(num_panels, -1, PANEL_SIZE)[panel, :, column]
+    return rows[:, : weight.in_features].float()
+
+
+def linear(x, weight: LinearWeight, out, *, bias=None, gelu=False, accumulate=False):
+    """See reference.linear. Every row count runs one arithmetic; x and out may have any row
+    stride.
+    """
+    torch.ops.steer_engine.linear(x, weight.data, bias, weight.out_features, gelu, accumulate, out)
+    return out
+
+
+def layer_norm(x, weight, bias, eps: float, out):
+    """See reference.layer_norm."""
+    torch.ops.steer_engine.layer_norm(x, weight, bias, eps, out)
+    return out
+
+
+def rotary_and_store(qkv, cos, sin, positions, slot_mapping, num_heads, k_cache, v_cache) -> None:
+    """See reference.rotary_and_store."""
+    torch.ops.steer_engine.rotary_and_store(
+        qkv, cos, sin, positions, slot_mapping, num_heads, k_cache, v_cache
+    )
+
+
+def paged_attention(
+    qkv, k_cache, v_cache, block_tables, table_ids, seq_lens, alibi, num_heads, scale, out
+):
+    """See reference.paged_attention."""
+    torch.ops.steer_engine.paged_attention(
+        qkv, k_cache, v_cache, block_tables, table_ids, seq_lens, alibi, num_heads, scale, out
+    )
+    return out
+
+
+def guided_sample(
+    logits, weights, *, temperature, top_p, top_k, alpha, seed, stream_ids, steps
+) -> Sampled:
+    """See reference.guided_sample; the same token, bit for bit."""
+    check_sampling_arguments(logits, weights, temperature, top_p, top_k, alpha, stream_ids, steps)
+    num_seqs = logits.shape[1]
+    parameters = prepare_parameters(temperature, top_p, top_k, alpha, logits.shape[2])
+    sampled = Sampled(
+        torch.empty(num_seqs, dtype=torch.int64),
+        torch.empty(num_seqs, dtype=torch.float32),
+        torch.empty(num_seqs, dtype=torch.int32),
+    )
+    num_kept = torch.empty(num_seqs, dtype=torch.int32)
+    total_mass = torch.empty(num_seqs, dtype=torch.int64)
+    signed_seed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    torch.ops.steer_engine.guided_sample(
+        logits, weights, *parameters, signed_seed, stream_ids, steps, *sampled, num_kept, total_mass
+    )
+    return sampled

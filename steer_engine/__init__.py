@@ -1,0 +1,32 @@
+"""steer_engine: a Falcon decoding engine for synthetic text data, steered away from the base model
+and from repetition.
+
+Start with `Engine.from_pretrained(...)` and `Engine.generate_dataset(...)`.
+"""
+
+from .dataset import Example, SyntheticDataset
+from .engine import Completion, Engine, EngineConfig
+from .errors import CapacityError, CheckpointError, DataError, RunError, SteerError
+from .generation import Convergence
+from .guidance import Guidance
+from .negatives import NegativePrompts
+from .sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapacityError",
+    "CheckpointError",
+    "Completion",
+    "Convergence",
+    "DataError",
+    "Engine",
+    "EngineConfig",
+    "Example",
+    "Guidance",
+    "NegativePrompts",
+    "RunError",
+    "SamplingParams",
+    "SteerError",
+    "SyntheticDataset",
+]

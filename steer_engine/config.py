@@ -1,0 +1,178 @@
+"""Sizes of a Falcon model, read from a checkpoint's config.json in any of its spellings."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import CheckpointError
+
+MAX_CONFIG_BYTES = 10_000_000
+MODEL_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
+
+
+@dataclass(frozen=True)
+class FalconConfig:
+    """Sizes and variant of one Falcon model.
+
+    num_kv_heads is what the attention really has: 1 for multi-query (7B), the group count for the
+    new decoder architecture (40B, 180B, 11B), num_heads for RW-1B. num_layer_norms is 2 where
+    attention and MLP of a parallel block have a norm each (40B), 1 where they share it, and 2 for
+    the sequential block (RW).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_hidden_size: int
+    is_parallel: bool
+    num_layer_norms: int
+    uses_new_decoder: bool
+    uses_alibi: bool
+    has_bias: bool
+    layer_norm_epsilon: float
+    rope_theta: float
+    max_position_embeddings: int
+    ties_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the query_key_value matrix."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> FalconConfig:
+        """Read config.json and, for the end-of-text ids, generation_config.json."""
+        path = directory / "config.json"
+        values = read_json_object(path)
+        generation_path = directory / "generation_config.json"
+        if generation_path.exists():
+            generation = read_json_object(generation_path)
+            if generation.get("eos_token_id") is not None:
+                values = values | {"eos_token_id": generation["eos_token_id"]}
+        return cls.from_dict(values, str(path))
+
+    @classmethod
+    def from_dict(cls, values: dict, where: str = "config.json") -> FalconConfig:
+        """Build from a parsed config.json. Raises CheckpointError for what this engine does not
+        run.
+        """
+        model_type = values.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise CheckpointError(
+                f"{where}: model_type must be one of {', '.join(MODEL_TYPES)} (the Falcon family), "
+                f"got {model_type!r}"
+            )
+        _refuse_unsupported(values, where)
+
+        def size(*names: str, default: int | None = None) -> int:
+            found = next((values[n] for n in names if values.get(n) is not None), default)
+            if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+                raise CheckpointError(f"{where}: {names[0]} must be a positive int, got {found!r}")
+            return found
+
+        hidden_size = size("hidden_size", "n_embed")
+        num_heads = size("num_attention_heads", "n_head")
+        if hidden_size % num_heads:
+            raise CheckpointError(
+                f"{where}: hidden_size {hidden_size} is not a multiple of the {num_heads} heads"
+            )
+        # The old remote code had one model_type per architecture instead of a flag.
+        uses_new_decoder = bool(values.get("new_decoder_architecture", model_type == "RefinedWeb"))
+        is_parallel = uses_new_decoder or bool(values.get("parallel_attn", True))
+        # Transformers writes num_kv_heads = number of heads for multi-query models too: the flag is
+        # what counts.
+        if uses_new_decoder:
+            num_kv_heads = size("num_kv_heads", "n_head_kv", default=num_heads)
+        else:
+            num_kv_heads = 1 if values.get("multi_query", True) else num_heads
+        if num_heads % num_kv_heads:
+            raise CheckpointError(
+                f"{where}: {num_heads} heads are not a multiple of {num_kv_heads} key-value heads"
+            )
+        if uses_new_decoder:
+            num_layer_norms = values.get("num_ln_in_parallel_attn") or 2
+        else:
+            num_layer_norms = 1 if is_parallel else 2
+        if num_layer_norms not in (1, 2):
+            raise CheckpointError(
+                f"{where}: num_ln_in_parallel_attn must be 1 or 2, got {num_layer_norms!r}"
+            )
+        eos = values.get("eos_token_id")
+        return cls(
+            vocab_size=size("vocab_size"),
+            hidden_size=hidden_size,
+            num_layers=size("num_hidden_layers", "n_layer"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            ffn_hidden_size=size("ffn_hidden_size", default=4 * hidden_size),
+            is_parallel=is_parallel,
+            num_layer_norms=num_layer_norms,
+            uses_new_decoder=uses_new_decoder,
+            uses_alibi=bool(values.get("alibi", False)),
+            has_bias=bool(values.get("bias", False)),
+            layer_norm_epsilon=float(values.get("layer_norm_epsilon") or 1e-5),
+            rope_theta=_rope_theta(values),
+            max_position_embeddings=size("max_position_embeddings", default=2048),
+            ties_word_embeddings=bool(values.get("tie_word_embeddings", True)),
+            bos_token_id=values.get("bos_token_id"),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        )
+
+
+def read_json_object(path: Path) -> dict:
+    """Read a JSON object of at most 10 MB; CheckpointError says what is wrong with the file
+    otherwise.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(
+                f"{path}: larger than {MAX_CONFIG_BYTES} bytes, not a config file"
+            )
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such file; give the directory of a Hugging Face checkpoint"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def _rope_theta(values: dict) -> float:
+    parameters = values.get("rope_parameters") or {}
+    return float(parameters.get("rope_theta") or values.get("rope_theta") or 10000.0)
+
+
+def _refuse_unsupported(values: dict, where: str) -> None:
+    """Refuse, by name, settings that would change the forward pass in a way this engine does not
+    compute.
+    """
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    problems = {
+        "activation": values.get("activation", "gelu") != "gelu" and values.get("activation"),
+        "rope_type": rope_type != "default" and rope_type,
+        "apply_residual_connection_post_layernorm": values.get(
+            "apply_residual_connection_post_layernorm"
+        ),
+        "quantization_config": bool(values.get("quantization_config")),
+        "new_decoder_architecture with parallel_attn=false": values.get("new_decoder_architecture")
+        and values.get("parallel_attn") is False,
+    }
+    for name, value in problems.items():
+        if value:
+            raise CheckpointError(f"{where}: {name} ({value}) is not supported by this engine")

@@ -1,0 +1,228 @@
+"""Data sets: real examples read from files, and the synthetic examples that a run wrote."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .errors import DataError, RunError, nearest_hint
+from .files import write_atomically
+
+TEXT_FIELD = "text"
+# Finish reasons of examples that no attempt could fill; they keep their index but are not part of
+# the data set.
+FAILED_REASONS = ("rejected", "error")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One synthetic example.
+
+    index: its number in the run.    label, prompt: what it was asked for.
+    text: stripped of white space at its ends.
+    token_ids: as drawn.    finish_reason: "stop", "eos" or "length"; "rejected" or "error" if every
+        attempt failed.
+    negatives: its negative examples, "real/N" or "synthetic/N".
+    attempts: how many were drawn, the last one kept.
+    """
+
+    index: int
+    label: str
+    prompt: str
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    negatives: list[str]
+    attempts: int
+
+    @property
+    def is_failed(self) -> bool:
+        return self.finish_reason in FAILED_REASONS
+
+    def to_json(self) -> str:
+        """One line of examples.jsonl, without the line end."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+class SyntheticDataset(Sequence[Example]):
+    """The examples of a run in index order.
+
+    Attributes: failed: examples that every attempt failed to fill; summary: counts and speed of the
+        run.
+    """
+
+    def __init__(self, examples: Sequence[Example], summary: dict | None = None):
+        self._examples = [e for e in examples if not e.is_failed]
+        self.failed = [e for e in examples if e.is_failed]
+        self.summary = summary or {}
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index):
+        return self._examples[index]
+
+    def __repr__(self) -> str:
+        return f"SyntheticDataset({len(self)} examples)"
+
+    @property
+    def texts(self) -> list[str]:
+        return [e.text for e in self]
+
+    def to_jsonl(self, path: str | Path) -> None:
+        """One example a line."""
+        write_atomically(Path(path), "".join(e.to_json() + "\n" for e in self))
+
+    def to_parquet(self, path: str | Path) -> None:
+        """One example a row (needs pyarrow)."""
+        pyarrow = _import_extra("pyarrow")
+        parquet = _import_extra("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist([asdict(e) for e in self]), str(path))
+
+    def to_pandas(self):
+        """A pandas.DataFrame, one example a row (needs pandas)."""
+        return _import_extra("pandas").DataFrame([asdict(e) for e in self])
+
+    def to_hf(self):
+        """A datasets.Dataset, one example a row (needs datasets)."""
+        return _import_extra("datasets").Dataset.from_list([asdict(e) for e in self])
+
+    @classmethod
+    def load(cls, run_dir: str | Path) -> SyntheticDataset:
+        """Read a run directory, finished or not (a torn last line is left out).
+
+        Raises: RunError if it is none, or a line is damaged.
+        """
+        run_dir = Path(run_dir)
+        path = run_dir / "examples.jsonl"
+        if not path.is_file():
+            raise RunError(f"{run_dir}: no examples.jsonl; give a run directory")
+        examples, _ = parse_examples(path)
+        summary_path = run_dir / "summary.json"
+        summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
+        return cls(examples, summary)
+
+
+def parse_examples(path: Path) -> tuple[list[Example], int]:
+    """The complete lines of an examples.jsonl, and how many bytes they take.
+
+    A last line without its line end was torn by a crash and is not counted. Raises RunError for any
+    other damage.
+    """
+    content = path.read_bytes()
+    num_bytes = content.rfind(b"\n") + 1
+    examples = []
+    for number, line in enumerate(content[:num_bytes].split(b"\n")[:-1]):
+        try:
+            example = Example(**json.loads(line))
+        except (ValueError, TypeError):
+            raise RunError(
+                f"{path}: line {number + 1} is damaged; restore the file, or delete it from that "
+                "line on and resume"
+            ) from None
+        if example.index != number:
+            raise RunError(
+                f"{path}: line {number + 1} holds example {example.index}; lines were lost or moved"
+            )
+        examples.append(example)
+    return examples, num_bytes
+
+
+def read_texts(source: str | Path | Sequence[str] | None) -> list[str]:
+    """Real examples: a list of str, or a .jsonl, .csv or .parquet file with a field "text", or a
+    .txt of lines.
+
+    White space at the ends and empty examples are dropped. Raises DataError naming file, line and
+    what to do.
+    """
+    if source is None:
+        return []
+    if isinstance(source, str | Path):
+        texts = list(_read_file(Path(source)))
+        name = str(source)
+    else:
+        texts, name = list(source), "real"
+        wrong = next((t for t in texts if not isinstance(t, str)), None)
+        if wrong is not None:
+            raise DataError(f"real must hold strings, got a {type(wrong).__name__}")
+    stripped = [text.strip() for text in texts if text.strip()]
+    if not stripped:
+        raise DataError(f"{name}: holds no text")
+    return stripped
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+        ".txt": _read_txt,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"{path}: must be a {', '.join(readers)} file")
+    try:
+        yield from reader(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        yield from file
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                raise DataError(f"{path}: line {number} is not JSON") from None
+            yield record if isinstance(record, str) else _text_of(record, f"{path}: line {number}")
+
+
+def _read_csv(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8", newline="") as file:
+        for number, record in enumerate(csv.DictReader(file), start=2):
+            yield _text_of(record, f"{path}: line {number}")
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    parquet = _import_extra("pyarrow.parquet")
+    try:
+        table = parquet.read_table(path)
+    except ValueError as error:  # pyarrow's ArrowInvalid is one
+        raise DataError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
+    for number, record in enumerate(table.to_pylist(), start=1):
+        yield _text_of(record, f"{path}: row {number}")
+
+
+def _text_of(record: object, where: str) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get(TEXT_FIELD), str):
+        names = [str(n) for n in record] if isinstance(record, dict) else []
+        found = f"fields {', '.join(names)}" if names else "no fields"
+        raise DataError(
+            f'{where}: needs a string field "{TEXT_FIELD}", has '
+            f"{found}{nearest_hint(TEXT_FIELD, names)}"
+        )
+    return record[TEXT_FIELD]
+
+
+def _import_extra(module: str):
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        raise DataError(f"{package} is not installed; run `pip install {package}`") from None

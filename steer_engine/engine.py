@@ -1,0 +1,618 @@
+"""The engine: loads the models, runs steps, and offers generation to users.
+
+One step: the scheduler admits sequences, the model prefills their prompts, then every running
+sequence's passes are stacked into one batch, run through the model, and one token per sequence is
+drawn from the combined logits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from . import ops
+from .checkpoint import Checkpoint
+from .config import FalconConfig
+from .dataset import SyntheticDataset
+from .errors import CapacityError, CheckpointError, check_number
+from .generation import Convergence, DatasetRequest, DatasetRun
+from .guidance import Guidance, PassKind
+from .kv_cache import KVCache
+from .lora import LoraAdapter, is_adapter
+from .memory import available_bytes
+from .model import ModelLoader
+from .negatives import NegativePrompts
+from .sampling import SamplingParams
+from .scheduler import DecodeRows, Scheduler
+from .sequence import DecodingSequence
+from .tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BLOCK_SIZE = 64  # tokens per cache page; the GPU attention kernel's tile
+CPU_CACHE_SHARE = 0.4  # of the memory that is available once the weights are loaded
+CUDA_CACHE_SHARE = 0.9
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The machine's side of a run. "auto" and None are resolved once, by `resolve`.
+
+    Attributes:
+        device: "cpu", "cuda", "cuda:1" or "auto".
+        dtype: "float32", "bfloat16" or "auto" (bf16 where it is fast).
+        backend: "reference", "cpu" or "auto".    max_num_seqs: sequences that run side by side.
+        max_model_len: longest prompt plus completion, in tokens; None: what the model was trained
+            for.
+        kv_cache_gib: size of the KV cache; None: enough for max_num_seqs sequences of max_model_len
+            with three passes, within 40 % of the free memory (90 % on a GPU).
+        max_prefill_tokens: prompt tokens per forward.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str = "auto"
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    kv_cache_gib: float | None = None
+    max_prefill_tokens: int = 512
+
+    def __post_init__(self):
+        check_number("max_num_seqs", self.max_num_seqs, low=1, is_int=True)
+        check_number("max_prefill_tokens", self.max_prefill_tokens, low=1, is_int=True)
+        if self.max_model_len is not None:
+            check_number("max_model_len", self.max_model_len, low=2, is_int=True)
+        if self.kv_cache_gib is not None:
+            check_number("kv_cache_gib", self.kv_cache_gib, low=0.0, low_is_open=True)
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"dtype must be auto, {' or '.join(DTYPES)}, got {self.dtype!r}")
+
+    def resolve(self, model: FalconConfig) -> EngineConfig:
+        """The same configuration without "auto" and None, except for kv_cache_gib, which needs the
+        loaded weights.
+        """
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device {name} is not available: this torch sees no CUDA GPU; use cpu"
+            )
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if has_fast_bf16(device) else "float32"
+        max_model_len = self.max_model_len or model.max_position_embeddings
+        # Alibi extrapolates; rotary positions beyond the trained context give text that looks fine
+        # and is not.
+        if max_model_len > model.max_position_embeddings and not model.uses_alibi:
+            raise ValueError(
+                f"max_model_len {max_model_len} is over the model's context of "
+                f"{model.max_position_embeddings} tokens"
+            )
+        return replace(
+            self,
+            device=str(device),
+            dtype=dtype,
+            backend=ops.resolve_backend(self.backend, device),
+            max_model_len=max_model_len,
+        )
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 have hardware support."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated text.
+
+    finish_reason: "stop", "eos", "length", or "error" where a logit was NaN or infinite and the
+        sequence was ended.
+    logprobs: of the drawn tokens under the final distribution (after guidance, temperature, top-k
+        and top-p).
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[float]
+
+
+class SamplerTensors(NamedTuple):
+    """Per-sequence arguments of ops.guided_sample for one step; shapes as there."""
+
+    weights: torch.Tensor
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    top_k: torch.Tensor
+    alpha: torch.Tensor
+
+
+class Engine:
+    """A loaded base model, an optional domain model, and a KV cache. Create it with
+    `Engine.from_pretrained`.
+
+    Attributes: config (EngineConfig, resolved); model_config (FalconConfig); tokenizer; has_domain.
+    Not thread-safe: one call at a time.
+    """
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        domain: Checkpoint | LoraAdapter | None,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+    ):
+        self.config = config.resolve(base.config)
+        self.model_config = base.config
+        self.tokenizer = tokenizer
+        self.has_domain = domain is not None
+        self._checkpoints = {"base": base, "domain": domain}
+        self.eos_token_ids = base.config.eos_token_ids
+        if isinstance(domain, Checkpoint):
+            self.eos_token_ids = domain.config.eos_token_ids
+        device, dtype = torch.device(self.config.device), DTYPES[self.config.dtype]
+        loader = ModelLoader(base, domain, ops.implementation(self.config.backend), dtype, device)
+        try:
+            self.model = loader.load(self.config.max_model_len)
+            num_blocks = self._num_cache_blocks(device, dtype)
+            self.kv_cache = KVCache(base.config, num_blocks, BLOCK_SIZE, dtype, device)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise CapacityError(
+                f"out of memory while loading on {device}: set a smaller dtype, kv_cache_gib or "
+                "max_num_seqs, "
+                "or pass a LoRA adapter instead of a full fine-tune"
+            ) from None
+        self.scheduler = Scheduler(self.kv_cache, self.config.max_num_seqs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path,
+        domain: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        backend: str = "auto",
+        max_num_seqs: int = 64,
+        max_model_len: int | None = None,
+        kv_cache_gib: float | None = None,
+    ) -> Engine:
+        """Load Hugging Face checkpoint directories.
+
+        Args:
+            base: directory of the model before fine-tuning.
+            domain: directory of a full fine-tune or of a PEFT LoRA
+            adapter for base; None: plain decoding of base.    The others: see EngineConfig.
+        Raises: CheckpointError for everything that does not fit, found from headers before weights
+            are read; CapacityError if memory does not suffice; ValueError for arguments out of
+            range.
+        """
+        config = EngineConfig(device, dtype, backend, max_num_seqs, max_model_len, kv_cache_gib)
+        base_checkpoint = Checkpoint(base)
+        config.resolve(
+            base_checkpoint.config
+        )  # bad arguments surface before anything large is read
+        tokenizer = Tokenizer(Path(base))
+        check_vocabulary(tokenizer, base_checkpoint.config, Path(base))
+        domain_checkpoint: Checkpoint | LoraAdapter | None = None
+        if domain is not None:
+            directory = Path(domain)
+            if not directory.is_dir():
+                raise CheckpointError(
+                    f"{domain}: no such directory; give a checkpoint's or an adapter's"
+                )
+            if is_adapter(directory):
+                domain_checkpoint = LoraAdapter.open(directory, base_checkpoint.config)
+            else:
+                domain_checkpoint = Checkpoint(directory)
+                check_same_architecture(base_checkpoint, domain_checkpoint)
+            # TRL and PEFT save a tokenizer beside an adapter too.
+            if (directory / "tokenizer.json").exists() or not is_adapter(directory):
+                tokenizer.check_same(Tokenizer(directory))
+        return cls(base_checkpoint, domain_checkpoint, tokenizer, config)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        negative_prompts: Sequence[Prompt] | None = None,
+        guidance: Guidance | None = None,
+        sampling: SamplingParams | None = None,
+        seed: int = 0,
+    ) -> list[Completion]:
+        """Continue each prompt.
+
+        Args:
+            prompts: strings or lists of token ids.
+            negative_prompts: per prompt, the whole text in front of which
+            the sequence continues in the negative pass.
+            guidance: None: Guidance.recommended() if there is a domain
+            model and negative_prompts are given, else Guidance.none().    seed: int in [0, 2**64).
+        Returns: completions in the order of the prompts; sequence i draws from stream i of the
+            seed.
+        Raises: ValueError for arguments that do not fit; CapacityError if a prompt can never fit
+            the cache.
+        """
+        sequences = self._sequences(prompts, negative_prompts, guidance, sampling, seed)
+        finished: dict[int, DecodingSequence] = {}
+        for done in self._decode(sequences, seed):
+            finished[done.key] = done
+        return [
+            Completion(s.text, s.token_ids, s.finish_reason, s.logprobs)
+            for s in (finished[i] for i in range(len(prompts)))
+        ]
+
+    def next_token_probs(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        negative_prompts: Sequence[Prompt] | None = None,
+        guidance: Guidance | None = None,
+        sampling: SamplingParams | None = None,
+    ) -> torch.Tensor:
+        """The distribution of each prompt's next token: float32 [num_prompts, vocab_size] on the
+        CPU.
+
+        Arguments and errors as in `generate`.
+        """
+        sequences = self._sequences(prompts, negative_prompts, guidance, sampling, seed=0)
+        rows = []
+        for logits, tensors in self._first_logits(sequences):
+            rows.append(ops.guided_probs(logits, tensors.weights, **_distribution(tensors)).cpu())
+        return self._joined(rows)
+
+    def logits(self, prompts: Sequence[Prompt], which: str = "domain") -> torch.Tensor:
+        """One model's raw logits behind each prompt: float32 [num_prompts, vocab_size] on the CPU.
+
+        which: "domain" or "base". Raises: ValueError for another name, or "base" without a domain
+            model to tell apart.
+        """
+        if which not in ("domain", "base"):
+            raise ValueError(f"which must be 'domain' or 'base', got {which!r}")
+        # Without a domain model both names mean the only model there is.
+        kind = PassKind.BASE if which == "base" and self.has_domain else PassKind.DOMAIN
+        only = [float(kind is k) for k in PassKind]
+        sequences = self._sequences(prompts, None, Guidance(*only), None, seed=0)
+        return self._joined([logits[-1].cpu() for logits, _ in self._first_logits(sequences)])
+
+    def generate_dataset(
+        self,
+        prompt: str | dict[str, str],
+        num_examples: int,
+        real: str | Path | Sequence[str] | None = None,
+        *,
+        guidance: Guidance | None = None,
+        negatives: NegativePrompts | None = None,
+        sampling: SamplingParams | None = None,
+        accept: Callable[[str], bool] | None = None,
+        max_attempts: int = 10,
+        until: Convergence | None = None,
+        seed: int = 0,
+        output: str | Path | None = None,
+        resume: bool = True,
+        progress: bool = False,
+    ) -> SyntheticDataset:
+        """Write a synthetic data set with steered decoding.
+
+        Args:
+            prompt: the instruction, or {label: instruction}; labels come in turn, so in equal
+                numbers.
+            num_examples: size of the data set (an upper bound with `until`).
+            real: real examples for the negative prompts: list of str, or a .jsonl, .csv, .parquet
+                or .txt file.
+            guidance: None: Guidance.recommended(), or Guidance.none() without a domain model.
+            negatives: see NegativePrompts.    sampling: None: SamplingParams(top_p=0.9).
+            accept: called with each text; False draws the example again, at most max_attempts times
+                in all.
+            until: stop early once the data set has converged.    seed: int in [0, 2**64).
+            output: run directory; None keeps the data set in memory only.
+            resume: go on with a run that is there.
+            progress: show a progress bar on standard error.
+        Returns: SyntheticDataset. With the same engine settings and arguments its bytes are the
+            same after any number of interruptions.
+        Raises: ValueError, DataError, RunError (directory in use, other settings), CapacityError.
+        """
+        if guidance is None:
+            guidance = Guidance.recommended() if self.has_domain else Guidance.none()
+        self._check_guidance(guidance)
+        check_seed(seed)
+        request = DatasetRequest(
+            prompts=prompt if isinstance(prompt, dict) else {"": prompt},
+            num_examples=num_examples,
+            guidance=guidance,
+            negatives=(negatives or NegativePrompts()).resolve(self.config.max_num_seqs),
+            sampling=sampling or SamplingParams(top_p=0.9),
+            accept=accept,
+            max_attempts=max_attempts,
+            until=until,
+            seed=seed,
+        )
+        run = DatasetRun(self, request, real)
+        try:
+            return run.execute(output, resume=resume, progress=progress)
+        finally:
+            self.scheduler.reset()
+
+    def sha256(self) -> dict[str, dict[str, str]]:
+        """SHA-256 of every checkpoint file: {"base": {file name: digest}, "domain": ...}."""
+        return {name: c.sha256() for name, c in self._checkpoints.items() if c is not None}
+
+    def describe(self) -> dict[str, object]:
+        """Settings that the generated bytes depend on, for run.json."""
+        settings = asdict(self.config)
+        settings["kv_cache_gib"] = None  # decides who waits, not what is drawn
+        return settings | {"num_layers": self.model_config.num_layers}
+
+    def make_sequence(
+        self,
+        key: object,
+        stream_id: int,
+        prompts: dict[PassKind, list[int]],
+        guidance: Guidance,
+        sampling: SamplingParams,
+    ) -> DecodingSequence:
+        """A sequence ready to be queued. Raises ValueError or CapacityError if it can never run."""
+        sequence = DecodingSequence(
+            key, stream_id, prompts, guidance, sampling, self.tokenizer, self.eos_token_ids
+        )
+        for running_pass in sequence.passes:
+            length = len(running_pass.prompt_ids) + sampling.max_tokens
+            if length > self.config.max_model_len:
+                raise ValueError(
+                    f"prompt {key} ({running_pass.kind.name.lower()} pass) has "
+                    f"{len(running_pass.prompt_ids)} tokens; "
+                    f"with max_tokens {sampling.max_tokens} it passes max_model_len "
+                    f"{self.config.max_model_len}: "
+                    "shorten the prompt or lower max_tokens"
+                )
+        needed, total = self.scheduler.blocks_needed(sequence), self.kv_cache.num_blocks
+        if needed > total:
+            raise CapacityError(
+                f"prompt {key} needs {needed} KV-cache blocks of {BLOCK_SIZE} tokens, the cache "
+                f"has {total}: "
+                "raise kv_cache_gib, or lower max_tokens or the number of negatives"
+            )
+        return sequence
+
+    def encode_prompt(self, prompt: Prompt, name: str = "prompt") -> list[int]:
+        """Token ids of a prompt; an empty one becomes the beginning-of-text token, since a model
+        needs one token.
+        """
+        if isinstance(prompt, str):
+            token_ids = self.tokenizer.encode(prompt)
+        else:
+            token_ids = [int(i) for i in prompt]
+            if (
+                token_ids
+                and not 0 <= min(token_ids) <= max(token_ids) < self.model_config.vocab_size
+            ):
+                raise ValueError(
+                    f"{name} holds token ids outside [0, {self.model_config.vocab_size})"
+                )
+        if token_ids:
+            return token_ids
+        start = self.model_config.bos_token_id
+        if start is None:
+            raise ValueError(f"{name} is empty, and the model has no beginning-of-text token")
+        return [start]
+
+    def step(self, seed: int) -> list[DecodingSequence]:
+        """Draw one token for every running sequence; returns those that ended."""
+        admitted = self.scheduler.admit()
+        self._prefill(admitted)
+        if not self.scheduler.running:
+            return []
+        rows = self.scheduler.decode_rows()
+        logits = self._logits(rows)
+        running = self.scheduler.running
+        tensors = self._sampler_tensors(running, rows.passes)
+        ban_endings(logits, tensors.weights, running)
+        sampled = ops.implementation(self.config.backend).guided_sample(
+            logits,
+            tensors.weights,
+            **_distribution(tensors),
+            seed=seed,
+            stream_ids=self._tensor([s.stream_id for s in running], np.int64),
+            steps=self._tensor([s.step for s in running], np.int32),
+        )
+        drawn = (t.tolist() for t in sampled)
+        for sequence, *token in zip(running, *drawn, strict=True):
+            sequence.append(*token)
+        return self.scheduler.retire()
+
+    def _decode(
+        self, sequences: Sequence[DecodingSequence], seed: int
+    ) -> Iterator[DecodingSequence]:
+        self.scheduler.waiting.extend(sequences)
+        try:
+            while self.scheduler.waiting or self.scheduler.running:
+                yield from self.step(seed)
+        finally:
+            self.scheduler.reset()
+
+    def _prefill(self, admitted: list[DecodingSequence]) -> None:
+        for batch in self.scheduler.prefill_batches(admitted, self.config.max_prefill_tokens):
+            self.model.forward(batch, self.kv_cache)
+        self.kv_cache.copy_tails([p.allocation for s in admitted for p in s.passes])
+
+    def _logits(self, rows: DecodeRows) -> torch.Tensor:
+        residual = self.model.forward(rows.batch, self.kv_cache)
+        return self.model.compute_logits(residual, rows.logit_rows, rows.passes)
+
+    def _first_logits(
+        self, sequences: list[DecodingSequence]
+    ) -> Iterator[tuple[torch.Tensor, SamplerTensors]]:
+        """Logits behind the prompts, in order, as many sequences at a time as fit."""
+        self.scheduler.waiting.extend(sequences)
+        try:
+            while self.scheduler.waiting:
+                self._prefill(self.scheduler.admit())
+                rows = self.scheduler.decode_rows()
+                running = self.scheduler.running
+                tensors = self._sampler_tensors(running, rows.passes)
+                logits = self._logits(rows)
+                ban_endings(logits, tensors.weights, running)
+                yield logits, tensors
+                for sequence in running:
+                    sequence.finish_reason = "length"
+                self.scheduler.retire()
+        finally:
+            self.scheduler.reset()
+
+    def _sequences(
+        self, prompts, negative_prompts, guidance, sampling, seed: int
+    ) -> list[DecodingSequence]:
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list of prompts, got one str; write [prompt]")
+        if guidance is None:
+            is_steered = self.has_domain and negative_prompts is not None
+            guidance = Guidance.recommended() if is_steered else Guidance.none()
+        self._check_guidance(guidance)
+        check_seed(seed)
+        needs_negative = PassKind.NEGATIVE in guidance.passes
+        if needs_negative and negative_prompts is None:
+            raise ValueError("guidance has a negative weight, but negative_prompts is None")
+        if negative_prompts is not None and len(negative_prompts) != len(prompts):
+            raise ValueError(
+                f"negative_prompts must have one entry per prompt ({len(prompts)}), got "
+                f"{len(negative_prompts)}"
+            )
+        sequences = []
+        for i, prompt in enumerate(prompts):
+            token_ids = self.encode_prompt(prompt, f"prompts[{i}]")
+            per_pass = {PassKind.DOMAIN: token_ids, PassKind.BASE: token_ids}
+            if needs_negative:
+                per_pass[PassKind.NEGATIVE] = self.encode_prompt(
+                    negative_prompts[i], f"negative_prompts[{i}]"
+                )
+            sequences.append(
+                self.make_sequence(i, i, per_pass, guidance, sampling or SamplingParams())
+            )
+        return sequences
+
+    def _check_guidance(self, guidance: Guidance) -> None:
+        if guidance.base != 0 and not self.has_domain:
+            raise ValueError(
+                f"guidance gives the base model weight {guidance.base:g} beside a domain model, "
+                "but the engine was "
+                "loaded without one; pass domain=, or use Guidance.none() or Guidance.cfg(...)"
+            )
+
+    def _sampler_tensors(
+        self, running: list[DecodingSequence], passes: list[PassKind]
+    ) -> SamplerTensors:
+        return SamplerTensors(
+            weights=self._tensor(
+                [[s.guidance.weights[kind] for s in running] for kind in passes], np.float32
+            ),
+            temperature=self._tensor([s.sampling.temperature for s in running], np.float32),
+            top_p=self._tensor([s.sampling.top_p for s in running], np.float32),
+            top_k=self._tensor([s.sampling.top_k for s in running], np.int32),
+            alpha=self._tensor([s.guidance.alpha for s in running], np.float32),
+        )
+
+    def _tensor(self, values, dtype) -> torch.Tensor:
+        return torch.from_numpy(np.array(values, dtype=dtype)).to(self.model.device)
+
+    def _joined(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(rows) if rows else torch.empty(0, self.model_config.vocab_size)
+
+    def _num_cache_blocks(self, device: torch.device, dtype: torch.dtype) -> int:
+        model = self.model_config
+        block_bytes = 2 * model.num_layers * BLOCK_SIZE * model.num_kv_heads * model.head_dim
+        block_bytes *= dtype.itemsize
+        blocks_per_pass = -(-self.config.max_model_len // BLOCK_SIZE)
+        if self.config.kv_cache_gib is not None:
+            num_blocks = int(self.config.kv_cache_gib * 2**30) // block_bytes
+        else:
+            share = CUDA_CACHE_SHARE if device.type == "cuda" else CPU_CACHE_SHARE
+            affordable = int(available_bytes(device) * share) // block_bytes
+            wanted = self.config.max_num_seqs * len(PassKind) * blocks_per_pass
+            num_blocks = min(wanted, affordable)
+        if num_blocks < 1:
+            raise CapacityError(
+                f"the KV cache holds no block of {BLOCK_SIZE} tokens ({block_bytes / 2**20:.1f} "
+                "MiB): raise "
+                "kv_cache_gib or free memory"
+            )
+        logger.info(
+            "KV cache: %d blocks of %d tokens, %.2f GiB",
+            num_blocks,
+            BLOCK_SIZE,
+            num_blocks * block_bytes / 2**30,
+        )
+        return num_blocks
+
+
+def _distribution(tensors: SamplerTensors) -> dict[str, torch.Tensor]:
+    return {name: getattr(tensors, name) for name in ("temperature", "top_p", "top_k", "alpha")}
+
+
+def ban_endings(
+    logits: torch.Tensor, weights: torch.Tensor, running: Sequence[DecodingSequence]
+) -> None:
+    """Make the tokens that would end a sequence before min_tokens impossible, in place.
+
+    logits: [num_passes, num_seqs, vocab_size].
+    weights: [num_passes, num_seqs]. Each pass gets the infinity that its
+    weight turns into -inf, so that no sum of opposite infinities arises.
+    """
+    for index, sequence in enumerate(running):
+        banned = list(sequence.banned_token_ids)
+        if banned:
+            sign = torch.where(weights[:, index] < 0, torch.inf, -torch.inf)
+            logits[:, index, banned] = sign[:, None]
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless seed is an int in [0, 2**64)."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be an int in [0, 2**64), got {seed!r}")
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: FalconConfig, directory: Path) -> None:
+    """Raise CheckpointError if the tokenizer makes ids that the embedding does not have."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{directory}: tokenizer.json has {tokenizer.vocab_size} entries, the model "
+            f"{config.vocab_size}; "
+            "they do not belong together"
+        )
+
+
+def check_same_architecture(base: Checkpoint, domain: Checkpoint) -> None:
+    """Raise CheckpointError naming the first size in which a full fine-tune differs from its
+    base.
+    """
+    may_differ = {
+        "bos_token_id",
+        "eos_token_ids",
+        "max_position_embeddings",
+        "ties_word_embeddings",
+    }
+    for field in fields(FalconConfig):
+        ours, theirs = getattr(base.config, field.name), getattr(domain.config, field.name)
+        if ours != theirs and field.name not in may_differ:
+            raise CheckpointError(
+                f"{domain.directory}: {field.name} is {theirs}, the base {base.directory} has "
+                f"{ours}; a domain model "
+                "must be a fine-tune of its base"
+            )

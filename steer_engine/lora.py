@@ -1,0 +1,235 @@
+"""Read PEFT LoRA adapters for Falcon, and refuse by name what cannot be applied exactly.
+
+y = W x + scale * B (A x) with scale = lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised
+LoRA.
+Source: LoRA, Hu et al. 2021 (arXiv:2106.09685); rsLoRA, Kalajdzievski 2023 (arXiv:2312.03732); file
+    format of PEFT.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .checkpoint import (
+    LM_HEAD,
+    ModuleKind,
+    TensorInfo,
+    hash_files,
+    iterate_linears,
+    linear_shape,
+    order_qkv_rows,
+    read_header,
+    read_tensor,
+)
+from .config import FalconConfig, read_json_object
+from .errors import CheckpointError, nearest_hint
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+LORA_KEY = re.compile(r"transformer\.h\.(\d+)\.(.+)\.lora_(A|B)\.weight")
+UNMERGEABLE_INITS = ("pissa", "olora", "corda", "loftq", "eva")
+
+
+class LoraWeights(NamedTuple):
+    """One module's update: a [r, in_features]; b [out_features, r], already multiplied by the
+    scale. fp32.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class _Pair(NamedTuple):
+    a: TensorInfo
+    b: TensorInfo
+    scale: float
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory holds a PEFT adapter rather than a whole model."""
+    return (directory / CONFIG_NAME).exists()
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """A checked adapter; weights are read on demand.
+
+    pairs: (layer, module) -> where A and B lie.
+    head: a replaced lm_head (modules_to_save), or None.
+    """
+
+    directory: Path
+    config: FalconConfig
+    pairs: dict[tuple[int, ModuleKind], _Pair]
+    head: TensorInfo | None
+
+    @classmethod
+    def open(cls, directory: str | Path, config: FalconConfig) -> LoraAdapter:
+        """Check an adapter against the base's config from its headers alone.
+
+        Raises: CheckpointError for adapter kinds that this engine does not apply, for tensors that
+        do not fit the base, and for an adapter without a LoRA tensor.
+        """
+        directory = Path(directory)
+        settings = read_json_object(directory / CONFIG_NAME)
+        _refuse_unsupported(settings, directory)
+        weights_path = directory / WEIGHTS_NAME
+        if not weights_path.is_file():
+            has_pickle = (directory / "adapter_model.bin").exists()
+            remedy = (
+                "adapter_model.bin is a pickle, which is never opened; load it with PEFT and call "
+                "save_pretrained(dir, safe_serialization=True)"
+                if has_pickle
+                else "save the adapter with PEFT's save_pretrained"
+            )
+            raise CheckpointError(f"{weights_path}: no such file; {remedy}")
+        tensors = _normalised_names(read_header(weights_path), weights_path)
+        head = tensors.pop(LM_HEAD, None)
+        if head is not None and head.shape != (config.vocab_size, config.hidden_size):
+            raise CheckpointError(
+                f"{weights_path}: lm_head has shape {list(head.shape)}, the base has "
+                f"{[config.vocab_size, config.hidden_size]}; adapters with a resized vocabulary "
+                "are not read"
+            )
+        pairs = _pair_up(tensors, settings, config, weights_path)
+        if not pairs and head is None:
+            raise CheckpointError(f"{weights_path}: holds no LoRA tensor for a Falcon module")
+        return cls(directory, config, pairs, head)
+
+    def read(self, layer: int, kind: ModuleKind) -> LoraWeights | None:
+        """A and scaled B of one module in fp32, rows ordered as Checkpoint.read_linear's; None if
+        not adapted.
+        """
+        pair = self.pairs.get((layer, kind))
+        if pair is None:
+            return None
+        name = f"layer {layer} {kind.value}"
+        a = read_tensor(f"{name}.lora_A", pair.a).float()
+        b = read_tensor(f"{name}.lora_B", pair.b).float() * pair.scale
+        if kind is ModuleKind.QKV:
+            b = order_qkv_rows(b, self.config)
+        return LoraWeights(a, b.contiguous())
+
+    def read_head(self) -> torch.Tensor | None:
+        """The replaced lm_head [vocab_size, hidden_size], or None."""
+        return None if self.head is None else read_tensor(LM_HEAD, self.head)
+
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of the adapter's files by name."""
+        return hash_files([self.directory / CONFIG_NAME, self.directory / WEIGHTS_NAME])
+
+
+def _refuse_unsupported(settings: dict, directory: Path) -> None:
+    where = directory / CONFIG_NAME
+    if settings.get("peft_type") != "LORA":
+        raise CheckpointError(f"{where}: peft_type must be LORA, got {settings.get('peft_type')!r}")
+    init = settings.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(UNMERGEABLE_INITS):
+        raise CheckpointError(
+            f"{where}: init_lora_weights={init} changes the base weights; merge the adapter into "
+            "its base first "
+            "(PEFT's merge_and_unload) and pass the merged model as domain"
+        )
+    refused = {
+        "use_dora": "DoRA is not applied; merge it first (merge_and_unload)",
+        "lora_bias": "a bias beside B does not fit a layer without bias; merge it first",
+        "fan_in_fan_out": "Falcon's linear layers are not transposed",
+        "trainable_token_indices": "trained token embeddings are not applied; merge them first",
+        "layer_replication": "replicated layers are not supported",
+        "use_qalora": "QALoRA is not applied",
+        "alora_invocation_tokens": "activated LoRA is not applied",
+        "target_parameters": "LoRA on bare parameters is not applied",
+    }
+    for name, reason in refused.items():
+        if settings.get(name):
+            raise CheckpointError(f"{where}: {name} is set: {reason}")
+    saved = [m for m in settings.get("modules_to_save") or [] if m != "lm_head"]
+    if saved:
+        raise CheckpointError(
+            f"{where}: modules_to_save holds {', '.join(saved)}; only lm_head can be replaced by "
+            "an adapter"
+        )
+
+
+def _normalised_names(tensors: dict[str, TensorInfo], path: Path) -> dict[str, TensorInfo]:
+    """Strip PEFT's and torch.compile's wrappers from the names; CheckpointError if two names become
+    one.
+    """
+    normalised: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        short = name.replace("_orig_mod.", "").replace(".default.", ".")
+        while short.startswith(PEFT_PREFIX):
+            short = short.removeprefix(PEFT_PREFIX)
+        short = short.replace(".modules_to_save.", ".")
+        if short in normalised:
+            raise CheckpointError(
+                f"{path}: two tensors are named {short}; save the adapter anew with PEFT"
+            )
+        normalised[short] = info
+    return normalised
+
+
+def _pair_up(
+    tensors: dict[str, TensorInfo], settings: dict, config: FalconConfig, path: Path
+) -> dict[tuple[int, ModuleKind], _Pair]:
+    modules = {
+        f"transformer.h.{layer}.{kind.value}": (layer, kind)
+        for layer, kind in iterate_linears(config)
+    }
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        match = LORA_KEY.fullmatch(name)
+        module = match and f"transformer.h.{match[1]}.{match[2]}"
+        if module not in modules:
+            raise CheckpointError(
+                f"{path}: {_reason_unknown(name)}: {name}{nearest_hint(str(module), modules)}"
+            )
+        found.setdefault(module, {})[match[3]] = info
+    pairs = {}
+    for module, parts in found.items():
+        if set(parts) != {"A", "B"}:
+            raise CheckpointError(f"{path}: {module} has lora_{min(parts)} without its partner")
+        out_features, in_features = linear_shape(modules[module][1], config)
+        rank = _setting_for(module, settings, "rank_pattern", settings.get("r"))
+        expected = {"A": (rank, in_features), "B": (out_features, rank)}
+        for part, shape in expected.items():
+            if parts[part].shape != shape:
+                raise CheckpointError(
+                    f"{path}: {module}.lora_{part} has shape {list(parts[part].shape)}, "
+                    f"base and r imply {list(shape)}; is this adapter of another base model?"
+                )
+        alpha = _setting_for(module, settings, "alpha_pattern", settings.get("lora_alpha"))
+        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        pairs[modules[module]] = _Pair(parts["A"], parts["B"], scale)
+    return pairs
+
+
+def _reason_unknown(name: str) -> str:
+    if "lora_magnitude_vector" in name:
+        return "a DoRA magnitude, which is not applied; merge the adapter first"
+    if "embedding" in name or "token_adapter" in name:
+        return "an adapted or replaced embedding, which is not applied; merge the adapter first"
+    if name.endswith("lora_B.bias"):
+        return "a LoRA bias, which is not applied; merge the adapter first"
+    return "a tensor that is not LoRA's A or B of a module of the base"
+
+
+def _setting_for(module: str, settings: dict, pattern_name: str, default):
+    """A per-module override: the first pattern that matches the end of the module's name, as PEFT
+    reads it.
+    """
+    for pattern, value in (settings.get(pattern_name) or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    if not isinstance(default, int | float) or default <= 0:
+        raise CheckpointError(
+            f"{CONFIG_NAME}: r and lora_alpha must be positive numbers, got {default!r}"
+        )
+    return default

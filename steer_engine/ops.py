@@ -1,0 +1,87 @@
+"""The one place that picks an implementation of an op: by backend name, or by device with "auto".
+
+`reference` is plain PyTorch and defines every op; `cpu` is the compiled library (csrc). All
+implementations offer the same functions, so the model holds one module of them and calls it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from .kernels import reference
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+LIBRARY_PATH = Path(__file__).parent / "_csrc.so"
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _load_library() -> str | None:
+    """Load csrc once; the reason it is unavailable, or None."""
+    if not LIBRARY_PATH.exists():
+        return "not compiled; install again where a C++ compiler and CMake are found"
+    try:
+        torch.ops.load_library(str(LIBRARY_PATH))
+    except OSError as error:
+        return f"{LIBRARY_PATH.name} does not load ({str(error).splitlines()[0]}); install again"
+    return None
+
+
+def unavailable_reason(backend: str) -> str | None:
+    """Why a backend cannot be used here, or None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        return _load_library()
+    return "not written yet; the reference runs on the GPU"
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """Turn "auto" into a backend's name, and check that a named one exists and fits the device.
+
+    Raises: ValueError naming the choices, or why the backend is not available.
+    """
+    if backend == "auto":
+        if device.type != "cpu":
+            return "reference"
+        reason = unavailable_reason("cpu")
+        if reason is not None:
+            logger.warning(
+                "the compiled CPU kernels are missing (%s); the slow reference serves", reason
+            )
+        return "reference" if reason else "cpu"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = unavailable_reason(backend)
+    if reason is not None:
+        raise ValueError(f"backend {backend} is not available: {reason}")
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend cpu does not run on device {device}; use auto or reference")
+    return backend
+
+
+def implementation(backend: str) -> ModuleType:
+    """The module of functions of a resolved backend."""
+    if backend == "cpu":
+        from .kernels import cpu
+
+        return cpu
+    return reference
+
+
+def guided_sample(logits, weights, *, backend: str = "auto", **arguments) -> reference.Sampled:
+    """Combine the passes' logits and draw one token per sequence; see
+    kernels.reference.guided_sample.
+    """
+    module = implementation(resolve_backend(backend, logits.device))
+    return module.guided_sample(logits, weights, **arguments)
+
+
+def guided_probs(logits, weights, **arguments) -> torch.Tensor:
+    """The distribution that guided_sample draws from; see kernels.reference.guided_probs."""
+    return reference.guided_probs(logits, weights, **arguments)

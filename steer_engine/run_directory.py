@@ -1,0 +1,189 @@
+"""A run directory: run.json (settings), examples.jsonl (append-only), summary.json, and a lock.
+
+Every line of examples.jsonl is durable within a second. After a crash at any point the same call
+continues: a torn last line is cut off, everything before it counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from .dataset import Example, parse_examples
+from .errors import RunError
+from .files import sync_directory, write_all, write_atomically
+
+SYNC_INTERVAL_S = 1.0
+MAX_DIFFERENCES_SHOWN = 3
+
+
+class RunDirectory:
+    """An open run directory; use as a context manager. `examples` holds what earlier calls
+    wrote.
+    """
+
+    def __init__(self, path: str | Path, settings: dict, *, resume: bool):
+        """Create or reopen a run.
+
+        Args:
+            settings: what the bytes depend on, JSON values; compared with run.json's "settings" if
+                there is one.
+        Raises: RunError if the directory is in use, cannot be written, holds something else, holds
+            a run and resume is False, or holds a run with other settings (the first differences are
+            named).
+        """
+        self.path = Path(path)
+        self.examples: list[Example] = []
+        self._settings = settings
+        self._lock = lock_directory(self.path)
+        try:
+            self._open(resume)
+        except OSError as error:
+            os.close(self._lock)
+            raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _open(self, resume: bool) -> None:
+        examples_path = self.path / "examples.jsonl"
+        check_usable(self.path, resume)
+        run_path = self.path / "run.json"
+        if run_path.exists():
+            self._check_settings(run_path)
+        else:
+            write_atomically(run_path, json.dumps(self._settings, indent=2) + "\n")
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        self._file = os.open(examples_path, flags, 0o666)
+        self.examples, self._num_bytes = parse_examples(examples_path)
+        if os.fstat(self._file).st_size > self._num_bytes:
+            os.ftruncate(self._file, self._num_bytes)
+        os.fsync(self._file)
+        sync_directory(self.path)
+        self._is_dirty, self._synced_at = False, time.monotonic()
+
+    def _check_settings(self, run_path: Path) -> None:
+        try:
+            stored = json.loads(run_path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise RunError(f"{run_path}: damaged; restore it or choose another output") from None
+        # Through JSON and back, so that tuples and lists compare equal.
+        current = json.loads(json.dumps(self._settings))
+        stored.pop("versions", None), current.pop("versions", None)
+        differences = list(_differences(stored, current, ""))
+        if differences:
+            shown = "; ".join(differences[:MAX_DIFFERENCES_SHOWN])
+            more = len(differences) - MAX_DIFFERENCES_SHOWN
+            raise RunError(
+                f"{self.path}: holds a run with other settings: "
+                f"{shown}{f'; {more} more' if more > 0 else ''}. "
+                "Use the same settings to resume, or another output"
+            )
+
+    def append(self, example: Example) -> None:
+        """Add the next example. Raises RunError if the disk refuses; what was written before
+        stays.
+        """
+        assert example.index == len(self.examples), "examples are written in index order"
+        line = (example.to_json() + "\n").encode()
+        try:
+            write_all(self._file, line)
+        except OSError as error:
+            self._cut_back()
+            raise RunError(
+                f"{self.path}: cannot write ({error.strerror}); {len(self.examples)} examples are "
+                "safe. Make room and "
+                "run the same command to resume"
+            ) from None
+        self._num_bytes += len(line)
+        self._is_dirty = True
+        self.examples.append(example)
+
+    def _cut_back(self) -> None:
+        # If this fails too, the torn line is cut off at resume.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._file, self._num_bytes)
+
+    def sync_if_due(self) -> None:
+        """fsync if something was written and the last time is a second ago; call it often."""
+        if self._is_dirty and time.monotonic() - self._synced_at >= SYNC_INTERVAL_S:
+            self.sync()
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+        self._is_dirty, self._synced_at = False, time.monotonic()
+
+    def write_summary(self, summary: dict) -> None:
+        """Mark the run as complete."""
+        self.sync()
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        try:
+            if self._is_dirty:
+                self.sync()
+        finally:
+            os.close(self._file)
+            os.close(self._lock)
+
+
+def lock_directory(path: Path) -> int:
+    """Create the directory and lock it for this process; returns the lock's file descriptor. Raises
+    RunError.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror}); choose another output"
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise RunError(
+            f"{path}: in use by another process; wait for it or choose another output"
+        ) from None
+    return descriptor
+
+
+def check_usable(path: Path, resume: bool) -> None:
+    """Raise RunError if the directory holds a run that may not be continued, or something that is
+    not a run.
+    """
+    if (path / "run.json").exists():
+        if not resume:
+            raise RunError(f"{path}: holds a run already; resume it or choose another output")
+    elif (path / "examples.jsonl").exists():
+        raise RunError(f"{path}: has examples.jsonl but no run.json; choose another output")
+
+
+def check_output(path: str | Path, resume: bool) -> None:
+    """Find out early, before a model is loaded, that an output directory cannot be used. Raises
+    RunError.
+    """
+    os.close(lock_directory(Path(path)))
+    check_usable(Path(path), resume)
+
+
+def _differences(stored: object, current: object, name: str) -> Iterator[str]:
+    if isinstance(stored, dict) and isinstance(current, dict):
+        for key in [*stored, *(k for k in current if k not in stored)]:
+            below = f"{name}.{key}" if name else key
+            yield from _differences(stored.get(key), current.get(key), below)
+    elif stored != current:
+        yield f"{name} was {_shown(stored)}, now {_shown(current)}"
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

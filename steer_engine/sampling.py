@@ -1,0 +1,50 @@
+"""SamplingParams: how tokens are drawn and when a sequence ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import check_number
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn and when a sequence ends; names and meanings as in vLLM.
+
+    The order is: combine the passes, plausibility cut, temperature, top_k, top_p, draw.
+
+    Attributes:
+        temperature: divides the combined logits; 0 is greedy.
+        top_p: mass of the nucleus, in (0, 1].
+        top_k: tokens kept before top_p; 0 is off.    max_tokens: at most so many tokens are drawn.
+        min_tokens: end-of-text and stop_token_ids cannot be drawn before so many tokens, and stop
+            strings do not stop.
+        stop: strings that end a sequence wherever they appear in its text, across token borders
+            too.
+        stop_token_ids: tokens that end a sequence.
+        ignore_eos: go on after the end-of-text token.
+        include_stop: keep the stop string at the end of the text.
+    Raises: ValueError naming the field that is out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 100
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = True
+
+    def __post_init__(self):
+        check_number("temperature", self.temperature, low=0.0)
+        check_number("top_p", self.top_p, low=0.0, high=1.0, low_is_open=True)
+        check_number("top_k", self.top_k, low=0, is_int=True)
+        check_number("max_tokens", self.max_tokens, low=1, is_int=True)
+        check_number("min_tokens", self.min_tokens, low=0, high=self.max_tokens, is_int=True)
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))

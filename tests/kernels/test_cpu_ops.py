@@ -1,0 +1,583 @@
+"""The CPU library (csrc): every op against fp64 at every instruction set, the sampler bit for bit,
+and the rule that a row's result depends on no other row, no position and no number of threads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from steer_engine.kernels.reference.guided_sample import (
+    guided_sample,
+    nucleus,
+    prepare_parameters,
+)
+
+import steer_engine
+
+LIBRARY = Path(next(iter(steer_engine.__path__))) / "_csrc.so"
+if not LIBRARY.exists():
+    pytest.skip(f"{LIBRARY} is not built", allow_module_level=True)
+torch.ops.load_library(str(LIBRARY))
+ops = torch.ops.steer_engine
+
+BEST_ISA = ops.cpu_isa()
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+BF16, FP32 = torch.bfloat16, torch.float32
+DTYPES = [BF16, FP32]
+UNIT = 2.0**-24  # half an ulp of 1 in fp32: the relative error of one rounding
+
+# What an error may be made of; a check adds up those that apply, each relative to what it names.
+TOLERANCE = {
+    BF16: 2.0**-8,  # of the result: the last rounding, to 8 bits
+    FP32: 4 * UNIT,  # of the result: bias, scaling and the last rounding
+    # of the sum of the products' magnitudes: n roundings in a row add up like a random walk, to
+    # sqrt(n) units of the running sum, 67 for the longest here; the running sum itself is about
+    # sqrt(n) smaller than the sum of magnitudes. 8 measured nowhere.
+    "sum": 8 * UNIT,
+    "gelu": 2 * UNIT,  # of max(1, |x|): the polynomial for the normal distribution function
+    "exp": 16
+    * UNIT,  # of the largest value: exponents below -8 are rounded to 2**-21, e**-8 weighs
+}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    ops.set_cpu_isa(request.param)
+    if ops.cpu_isa() != request.param:
+        ops.set_cpu_isa(BEST_ISA)
+        pytest.skip(f"this machine has {BEST_ISA}, not {request.param}")
+    yield request.param
+    ops.set_cpu_isa(BEST_ISA)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small operations on a busy machine wait longer for a second thread than they run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape, dtype=FP32, seed=0, scale=1.0) -> torch.Tensor:
+    return (torch.randn(shape, generator=generator(seed)) * scale).to(dtype)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: torch.Tensor, name: str):
+    assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
+    if got.numel() == 0:
+        return
+    error = (got.double() - expected).abs()
+    is_wrong = ~(error <= tolerance)  # True for NaN
+    if is_wrong.any():
+        excess = torch.where(error.isnan(), torch.inf, error - tolerance)
+        worst = tuple(int(i) for i in torch.unravel_index(excess.argmax(), got.shape))
+        raise AssertionError(
+            f"{name}: {int(is_wrong.sum())} of {got.numel()} wrong in {list(got.shape)}, worst at "
+            f"{worst}: got {got[worst]:.9g}, expected {expected[worst]:.9g}, "
+            f"tolerance {tolerance.expand_as(error)[worst]:.3g}"
+        )
+
+
+def run_linear(x, weight, bias=None, *, gelu=False, out_dtype=FP32):
+    out = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=out_dtype)
+    ops.linear(x, ops.pack_weight(weight), bias, weight.shape[0], gelu, False, out)
+    return out
+
+
+def check_linear(num_rows, in_features, out_features, dtype, out_dtype, gelu, has_bias):
+    x = normal(num_rows, in_features, dtype=dtype)
+    weight = normal(out_features, in_features, dtype=dtype, seed=1, scale=in_features**-0.5)
+    bias = normal(out_features, seed=2) if has_bias else None
+    got = run_linear(x, weight, bias, gelu=gelu, out_dtype=out_dtype)
+    expected = x.double() @ weight.double().T + (bias if has_bias else 0)
+    tolerance = x.double().abs() @ weight.double().abs().T * TOLERANCE["sum"]
+    if gelu:
+        tolerance = 1.13 * tolerance + TOLERANCE["gelu"] * expected.abs().clamp(min=1)  # |GELU'|
+        expected = F.gelu(expected)
+    tolerance = tolerance + TOLERANCE[FP32] * expected.abs()
+    if out_dtype == BF16:
+        tolerance = tolerance + TOLERANCE[BF16] * expected.abs()
+    name = f"linear {num_rows}x{in_features}x{out_features} {dtype} gelu={gelu}"
+    assert_close(got, expected, tolerance, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 13])
+def test_linear_equals_fp64_at_every_tile_remainder(isa, dtype, num_rows):
+    for in_features, out_features in [(1, 1), (3, 15), (64, 16), (65, 17), (130, 63), (96, 81)]:
+        for gelu, has_bias, out_dtype in [(False, True, FP32), (True, False, BF16)]:
+            check_linear(num_rows, in_features, out_features, dtype, out_dtype, gelu, has_bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_equals_fp64_at_the_models_own_size(isa, dtype):
+    check_linear(3, 4544, 4672, dtype, FP32, gelu=False, has_bias=False)
+
+
+def test_linear_equals_fp64_with_more_rows_than_a_chunk(isa):
+    check_linear(243, 1030, 70, BF16, FP32, gelu=True, has_bias=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_takes_any_row_stride_and_adds_to_its_output(isa, dtype):
+    wide_x = torch.full((5, 100), torch.nan, dtype=dtype)
+    wide_out = torch.full((5, 60), 7.0)
+    x, out = wide_x[:, 3:40], wide_out[:, 9:30]
+    x.copy_(normal(5, 37))
+    out.copy_(normal(5, 21, seed=1))
+    weight = normal(21, 37, dtype=dtype, seed=2)
+    expected = out + run_linear(x.contiguous(), weight)
+    ops.linear(x, ops.pack_weight(weight), None, 21, False, True, out)
+    assert torch.equal(out, expected)
+    assert (wide_out[:, :9] == 7).all() and (wide_out[:, 30:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_weights_are_tiles_of_16_columns_padded_with_zeros(dtype):
+    weight = normal(33, 7, dtype=dtype)
+    step = 2 if dtype == BF16 else 1
+    padded = F.pad(weight, (0, -7 % step, 0, -33 % 16))
+    expected = padded.view(3, 16, -1, step).transpose(1, 2).flatten()
+    assert torch.equal(ops.pack_weight(weight), expected)
+
+
+def test_gelu_equals_fp64_on_both_tails(isa):
+    x = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 500.0])])
+    got = run_linear(x[:, None], torch.ones(1, 1), gelu=True)[:, 0]
+    expected = F.gelu(x.double())
+    assert_close(got, expected, TOLERANCE["gelu"] * x.double().abs().clamp(min=1), "gelu")
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden_size", [1, 15, 16, 100, 4544])
+def test_layer_norm_equals_fp64(isa, hidden_size, out_dtype):
+    x = normal(5, hidden_size, scale=3) + 2
+    weight, bias = normal(hidden_size, seed=1), normal(hidden_size, seed=2)
+    out = torch.empty(5, hidden_size, dtype=out_dtype)
+    ops.layer_norm(x, weight, bias, 1e-5, out)
+    expected = F.layer_norm(x.double(), [hidden_size], weight.double(), bias.double(), 1e-5)
+    # The mean is off by "sum" of |x|, and is subtracted from values that may be as large.
+    scale = (x.double().var(dim=1, correction=0, keepdim=True) + 1e-5).rsqrt()
+    magnitude = x.double().abs().mean(dim=1, keepdim=True) + x.double().abs()
+    tolerance = TOLERANCE["sum"] * (magnitude * scale * weight.abs() + expected.abs() + bias.abs())
+    if out_dtype == BF16:
+        tolerance = tolerance + TOLERANCE[BF16] * expected.abs()
+    assert_close(out, expected, tolerance, f"layer_norm {hidden_size} {out_dtype}")
+
+
+class Pages:
+    """A paged cache with two shuffled block tables; slots that no sequence has written hold NaN."""
+
+    def __init__(self, lengths, dtype, num_heads, num_kv_heads, head_dim, block_size, seed=0):
+        self.num_heads, self.block_size, self.head_dim = num_heads, block_size, head_dim
+        self.max_blocks = max(1, *(-(-n // block_size) for n in lengths))
+        num_tables = len(lengths)
+        num_blocks = num_tables * self.max_blocks + 1
+        order = torch.randperm(num_blocks, generator=generator(seed))[:-1].int()
+        self.block_tables = order.view(num_tables, self.max_blocks)
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        self.k_cache = torch.full(shape, torch.nan, dtype=dtype)
+        self.v_cache = torch.full(shape, torch.nan, dtype=dtype)
+        for table, length in enumerate(lengths):
+            slots = self.slots(table, length)
+            for cache, kind in ((self.k_cache, 1), (self.v_cache, 2)):
+                values = normal(length, *shape[2:], dtype=dtype, seed=100 * table + kind)
+                cache.view(-1, *shape[2:])[slots] = values
+
+    def slots(self, table, length):
+        position = torch.arange(length)
+        blocks = self.block_tables[table].long()[position // self.block_size]
+        return blocks * self.block_size + position % self.block_size
+
+    def attention(self, qkv, table_ids, seq_lens, alibi, scale):
+        out = torch.full((len(qkv), self.num_heads * self.head_dim), torch.nan, dtype=qkv.dtype)
+        ops.paged_attention(
+            qkv,
+            self.k_cache,
+            self.v_cache,
+            self.block_tables,
+            table_ids,
+            seq_lens,
+            alibi,
+            self.num_heads,
+            scale,
+            out,
+        )
+        return out
+
+    def attention_fp64(self, qkv, table_ids, seq_lens, alibi, scale):
+        """The result and, for tolerances, the weights' mean of |v|."""
+        num_kv_heads = self.k_cache.shape[2]
+        q = qkv[:, : self.num_heads * self.head_dim].double()
+        q = q.view(len(qkv), self.num_heads, self.head_dim)
+        out, magnitude = torch.zeros_like(q), torch.zeros_like(q)
+        for row, (table, length) in enumerate(zip(table_ids.long(), seq_lens, strict=True)):
+            slots = self.slots(table, int(length))
+            k, v = (
+                cache.view(-1, num_kv_heads, self.head_dim)[slots]
+                .double()
+                .repeat_interleave(self.num_heads // num_kv_heads, dim=1)
+                for cache in (self.k_cache, self.v_cache)
+            )
+            scores = torch.einsum("hd,khd->hk", q[row], k) * scale
+            if alibi is not None:
+                scores = scores + alibi[:, : int(length)]
+            probs = scores.softmax(dim=1)
+            out[row] = torch.einsum("hk,khd->hd", probs, v)
+            magnitude[row] = torch.einsum("hk,khd->hd", probs, v.abs())
+        return out.flatten(1), magnitude.flatten(1)
+
+
+def random_qkv(pages: Pages, num_rows: int) -> torch.Tensor:
+    num_kv_heads = pages.k_cache.shape[2]
+    width = (pages.num_heads + 2 * num_kv_heads) * pages.head_dim
+    return normal(num_rows, width, dtype=pages.k_cache.dtype, seed=7)
+
+
+ATTENTION_SIZES = {  # num_heads, num_kv_heads, head_dim, block_size
+    "falcon_7b": (71, 1, 64, 16),
+    "grouped": (6, 2, 24, 7),
+    "every_head_its_own": (4, 4, 8, 64),
+    "odd_head_dim": (3, 1, 5, 1),
+}
+
+
+@pytest.mark.parametrize("has_alibi", [False, True], ids=["rotary", "alibi"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", ATTENTION_SIZES)
+def test_attention_equals_fp64_and_never_reads_unused_slots(isa, size, dtype, has_alibi):
+    num_heads = ATTENTION_SIZES[size][0]
+    pages = Pages([200, 63], dtype, *ATTENTION_SIZES[size])
+    seq_lens = torch.tensor([0, 1, 15, 16, 17, 63, 64, 65, 200, 63, 1], dtype=torch.int32)
+    table_ids = torch.tensor([0] * 9 + [1] * 2, dtype=torch.int32)
+    alibi = torch.linspace(-1, 0, num_heads)[:, None] * torch.arange(220) if has_alibi else None
+    qkv, scale = random_qkv(pages, len(seq_lens)), pages.head_dim**-0.5
+    got = pages.attention(qkv, table_ids, seq_lens, alibi, scale)
+    expected, magnitude = pages.attention_fp64(qkv, table_ids, seq_lens, alibi, scale)
+    # Scores carry the error of their own sum, at most |q| |k| * "sum", into the exponent.
+    tolerance = (TOLERANCE["exp"] + pages.head_dim**0.5 * 4 * TOLERANCE["sum"]) * magnitude
+    tolerance = tolerance + TOLERANCE[dtype] * expected.abs()
+    assert_close(got, expected, tolerance, f"attention {size} {dtype}")
+    assert (got[0] == 0).all(), "a row without keys must give zeros"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", ["falcon_7b", "grouped", "every_head_its_own"])
+def test_rotary_rotates_queries_and_keys_and_stores_them(isa, size, dtype):
+    pages = Pages([40], dtype, *ATTENTION_SIZES[size])
+    num_heads, num_kv_heads, head_dim, _ = ATTENTION_SIZES[size]
+    qkv = random_qkv(pages, 5)
+    positions = torch.tensor([0, 1, 17, 99, 3], dtype=torch.int32)
+    slots = torch.tensor([3, -1, 0, 17, 39])
+    angle = torch.arange(100)[:, None] * 10000.0 ** -torch.linspace(0, 1, head_dim // 2)
+    cos, sin = angle.cos(), angle.sin()
+    heads = qkv.double().view(5, -1, head_dim)
+    x1, x2 = heads[:, : num_heads + num_kv_heads].chunk(2, dim=-1)
+    c, s = cos[positions.long()].double()[:, None], sin[positions.long()].double()[:, None]
+    expected = torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], dim=-1)
+    magnitude = torch.cat([x1.abs() + x2.abs()] * 2, dim=-1)
+    v = heads[:, num_heads + num_kv_heads :].to(dtype)
+    k_before, v_before = pages.k_cache.flatten(0, 1).clone(), pages.v_cache.flatten(0, 1).clone()
+
+    ops.rotary_and_store(qkv, cos, sin, positions, slots, num_heads, pages.k_cache, pages.v_cache)
+
+    got = qkv.view(5, -1, head_dim)
+    tolerance = TOLERANCE[FP32] * magnitude + TOLERANCE[dtype] * expected.abs()
+    assert_close(got[:, : num_heads + num_kv_heads], expected, tolerance, f"rotary {size} {dtype}")
+    assert torch.equal(got[:, num_heads + num_kv_heads :], v), "values must stay as they are"
+    stored = slots >= 0
+    k_before[slots[stored]] = got[stored, num_heads : num_heads + num_kv_heads]
+    v_before[slots[stored]] = v[stored]
+    for cache, after in ((pages.k_cache, k_before), (pages.v_cache, v_before)):
+        torch.testing.assert_close(cache.flatten(0, 1), after, rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_cos_nothing_is_rotated():
+    pages = Pages([40], FP32, *ATTENTION_SIZES["grouped"])
+    qkv = random_qkv(pages, 2)
+    before = qkv.clone()
+    positions, slots = torch.tensor([500, 1], dtype=torch.int32), torch.tensor([4, 5])
+    ops.rotary_and_store(qkv, None, None, positions, slots, 6, pages.k_cache, pages.v_cache)
+    assert torch.equal(qkv, before)
+    assert torch.equal(pages.k_cache.flatten(0, 1)[4:6].flatten(1), qkv[:, 6 * 24 : 8 * 24])
+
+
+def assert_rows_are_independent(run, num_rows):
+    """run(rows) -> one result per row. Alone, together, permuted, with one and two threads: equal
+    bits.
+    """
+    rows = torch.arange(num_rows)
+    together = run(rows)
+    alone = torch.cat([run(rows[i : i + 1]) for i in range(num_rows)])
+    permutation = torch.randperm(num_rows, generator=generator(5))
+    permuted = torch.empty_like(together)
+    permuted[permutation] = run(permutation)
+    torch.set_num_threads(2)
+    results = {"alone": alone, "permuted": permuted, "with two threads": run(rows)}
+    results["alone with two threads"] = torch.cat([run(rows[i : i + 1]) for i in range(num_rows)])
+    for how, result in results.items():
+        is_same = (together == result).flatten(1).all(dim=1)
+        assert is_same.all(), f"rows {(~is_same).nonzero()[:, 0].tolist()} differ {how}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_row_of_linear_does_not_depend_on_its_neighbours(isa, dtype, gelu):
+    x, weight = normal(33, 1029, dtype=dtype), normal(150, 1029, dtype=dtype, seed=1, scale=0.03)
+    packed = ops.pack_weight(weight)
+
+    def run(rows):
+        out = torch.empty(len(rows), 150)
+        ops.linear(x[rows], packed, None, 150, gelu, False, out)
+        return out
+
+    assert_rows_are_independent(run, 33)
+
+
+def test_a_row_of_layer_norm_does_not_depend_on_its_neighbours(isa):
+    x, weight, bias = normal(33, 4544), normal(4544, seed=1), normal(4544, seed=2)
+
+    def run(rows):
+        out = torch.empty(len(rows), 4544)
+        ops.layer_norm(x[rows], weight, bias, 1e-5, out)
+        return out
+
+    assert_rows_are_independent(run, 33)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_of_attention_does_not_depend_on_its_neighbours(isa, dtype):
+    """Alone, a row's 71 heads are split over the threads; together they are not."""
+    pages = Pages([90], dtype, *ATTENTION_SIZES["falcon_7b"])
+    qkv = random_qkv(pages, 33)
+    seq_lens = torch.arange(33, dtype=torch.int32) * 2 + 20
+    table_ids = torch.zeros(33, dtype=torch.int32)
+
+    def run(rows):
+        return pages.attention(qkv[rows], table_ids[rows], seq_lens[rows], None, 0.125)
+
+    assert_rows_are_independent(run, 33)
+
+
+def test_a_row_of_rotary_does_not_depend_on_its_neighbours(isa):
+    angle = torch.arange(100)[:, None] * 10000.0 ** -torch.linspace(0, 1, 32)
+    pages = Pages([40], BF16, *ATTENTION_SIZES["falcon_7b"])
+    qkv = random_qkv(pages, 33)
+    positions = torch.arange(33, dtype=torch.int32)
+
+    def run(rows):
+        out, slots = qkv[rows], rows
+        ops.rotary_and_store(
+            out, angle.cos(), angle.sin(), positions[rows], slots, 71, pages.k_cache, pages.v_cache
+        )
+        return torch.cat([out, pages.k_cache.flatten(0, 1)[slots].flatten(1)], dim=1)
+
+    assert_rows_are_independent(run, 33)
+
+
+def random_logits(kind: str, num_passes: int, num_seqs: int, vocab_size: int, g) -> torch.Tensor:
+    """The named generators of logits: [num_passes, num_seqs, vocab_size]."""
+    shape = (num_passes, num_seqs, vocab_size)
+    logits = torch.randn(shape, generator=g)
+    first = torch.randint(vocab_size, (num_passes, num_seqs, 1), generator=g)
+    everywhere = torch.rand(shape, generator=g)
+    match kind:
+        case "flat":
+            return logits * 0.01
+        case "plain":
+            return logits * 2.5
+        case "peaked":
+            return logits * 2.5 + 12 * torch.rand(shape, generator=g) ** 40
+        case "tied":
+            return torch.round(logits * 2)
+        case "bf16_rounded":
+            return (logits * 4).to(BF16).float()
+        case "bf16":
+            return (logits * 4).to(BF16)
+        case "one_hot":
+            return torch.full(shape, -20.0).scatter(2, first, 30.0)
+        case "all_equal":
+            return torch.full(shape, 1.5)
+        case "tiny":
+            return logits * 1e-44  # denormal; products underflow to zeros of either sign
+        case "huge":
+            return logits * 1e38
+        case "minus_inf":
+            return torch.where(everywhere < 0.3, -torch.inf, logits)
+        case "all_minus_inf":
+            return torch.full(shape, -torch.inf)
+        case "plus_inf":
+            return torch.where(everywhere < 2 / vocab_size, torch.inf, logits)
+        case "nan":
+            return torch.where(everywhere < 0.1, torch.nan, logits)
+        case "all_nan":
+            return torch.full(shape, torch.nan)
+    raise AssertionError(kind)
+
+
+# fmt: off
+KINDS = [
+    "flat", "plain", "peaked", "tied", "bf16_rounded", "bf16", "one_hot", "all_equal", "tiny",
+    "huge", "minus_inf", "all_minus_inf", "plus_inf", "nan", "all_nan",
+]
+# fmt: on
+WEIGHTS = torch.tensor(
+    [[1, 0, 0], [1.2, -0.2, 0.8], [1.2, -0.2, -0.2], [1.5, -0.5, 0], [0, 0, 1], [0, 0, 0]]
+)
+
+
+def random_settings(num_seqs: int, g) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weights [3, num_seqs] and settings, each drawn from a list that holds the special cases."""
+
+    def choose(values) -> torch.Tensor:
+        return torch.tensor(values)[torch.randint(len(values), (num_seqs,), generator=g)]
+
+    weights = WEIGHTS[torch.randint(len(WEIGHTS), (num_seqs,), generator=g)].T.contiguous()
+    return weights, {
+        "temperature": choose([0.0, 0.3, 0.7, 1.0, 1.0, 1.7, 50.0]),
+        "top_p": choose([1e-10, 0.1, 0.5, 0.9, 0.95, 0.999, 1.0, 1.0]),
+        "top_k": choose([0, 0, 0, 0, 1, 2, 40, 1000, 70000]).int(),
+        "alpha": choose([0.0, 0.0, 0.0, 1e-3, 0.1, 1.0]),
+    }
+
+
+def sample(logits, weights, settings, seed, stream_ids, steps) -> list[torch.Tensor]:
+    """All five outputs of the op, from buffers full of what no row may return."""
+    num_seqs = logits.shape[1]
+    outputs = [torch.full((num_seqs,), -7, dtype=d) for d in (torch.int64, FP32, torch.int32)]
+    outputs += [torch.full((num_seqs,), -7, dtype=d) for d in (torch.int32, torch.int64)]
+    parameters = prepare_parameters(**settings, vocab_size=logits.shape[2])
+    ops.guided_sample(logits, weights, *parameters, seed, stream_ids, steps, *outputs)
+    return outputs
+
+
+def reference_sample(logits, weights, settings, seed, stream_ids, steps) -> list[torch.Tensor]:
+    draw = {"seed": seed % 2**64, "stream_ids": stream_ids, "steps": steps}
+    sampled = guided_sample(logits, weights, **settings, **draw)
+    kept = nucleus(logits, weights, prepare_parameters(**settings, vocab_size=logits.shape[2]))
+    return [*sampled, kept.num_kept, kept.total_mass]
+
+
+def check_sampler(kinds, num_seqs, vocab_size, num_passes, g):
+    for kind in kinds:
+        logits = random_logits(kind, num_passes, num_seqs, vocab_size, g)
+        weights, settings = random_settings(num_seqs, g)
+        weights = weights[:num_passes]
+        # A pass of weight 0 was not run; its buffer may hold anything. (The domain pass is read
+        # all the same: alpha and the fallback need it.)
+        if kind == "plain":
+            logits[1:] = torch.where(weights[1:, :, None] == 0, torch.nan, logits[1:])
+        stream_ids = torch.randint(-(2**62), 2**62, (num_seqs,), generator=g)
+        steps = torch.randint(2**31 - 1, (num_seqs,), generator=g).int()
+        arguments = (logits, weights, settings, -(2**62) - 5, stream_ids, steps)
+        names = ("token_ids", "logprobs", "status", "num_kept", "total_mass")
+        for name, got, expected in zip(
+            names, sample(*arguments), reference_sample(*arguments), strict=True
+        ):
+            tolerance = 1e-6 if name == "logprobs" else 0
+            is_wrong = ~((got - expected).abs() <= tolerance)
+            if is_wrong.any():
+                row = int(is_wrong.nonzero()[0])
+                setting = {key: value[row].item() for key, value in settings.items()}
+                raise AssertionError(
+                    f"{name} of {int(is_wrong.sum())} of {num_seqs} rows, {kind}, vocab_size "
+                    f"{vocab_size}, row {row}: got {got[row]}, expected {expected[row]}, "
+                    f"weights {weights[:, row].tolist()}, {setting}"
+                )
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 17, 50, 1000, 1024, 1025])
+def test_sampler_equals_the_reference_bit_for_bit(isa, vocab_size):
+    g = generator(vocab_size)
+    for num_passes in (1, 2, 3):
+        check_sampler(KINDS, 7, vocab_size, num_passes, g)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampler_equals_the_reference_on_many_rows(kind):
+    g = generator(1)
+    check_sampler([kind], 100, 1000, 3, g)
+    check_sampler([kind], 30, 8192, 3, g)
+    check_sampler([kind], 6, 65024, 3, g)
+
+
+def test_sampler_equals_the_reference_at_the_models_own_vocabulary(isa):
+    check_sampler(["peaked", "flat", "all_equal"], 4, 65024, 3, generator(2))
+
+
+def test_sampler_takes_any_stride_of_passes_and_sequences():
+    g = generator(3)
+    stored = torch.randn(4, 3, 200, generator=g) * 3  # [num_seqs, num_passes, ...]
+    logits = stored[:, :, 50:].transpose(0, 1)
+    arguments = (*random_settings(4, g), 1, torch.arange(4), torch.arange(4).int())
+    got, expected = sample(logits, *arguments), sample(logits.contiguous(), *arguments)
+    assert all(map(torch.equal, got, expected))
+
+
+def test_a_row_of_the_sampler_does_not_depend_on_its_neighbours(isa):
+    g = generator(4)
+    logits = torch.cat([random_logits(kind, 3, 3, 3000, g).float() for kind in KINDS[:11]], dim=1)
+    weights, settings = random_settings(33, g)
+    stream_ids, steps = torch.arange(33) * 1000, torch.arange(33).int()
+
+    def run(rows):
+        chosen = {key: value[rows] for key, value in settings.items()}
+        outputs = sample(
+            logits[:, rows], weights[:, rows], chosen, 9, stream_ids[rows], steps[rows]
+        )
+        return torch.stack([o.double() for o in outputs], dim=1)
+
+    assert_rows_are_independent(run, 33)
+
+
+def test_every_op_accepts_no_rows():
+    empty_ids = torch.empty(0, dtype=torch.int32)
+    out = torch.empty(0, 5)
+    ops.linear(torch.empty(0, 3), ops.pack_weight(torch.ones(5, 3)), None, 5, False, False, out)
+    ops.layer_norm(torch.empty(0, 5), torch.ones(5), torch.ones(5), 1e-5, out)
+    pages = Pages([3], FP32, *ATTENTION_SIZES["grouped"])
+    qkv, slots = random_qkv(pages, 0), torch.empty(0, dtype=torch.int64)
+    ops.rotary_and_store(qkv, None, None, empty_ids, slots, 6, pages.k_cache, pages.v_cache)
+    assert pages.attention(qkv, empty_ids, empty_ids, None, 1.0).shape == (0, 144)
+    outputs = sample(torch.empty(3, 0, 9), *random_settings(0, generator()), 1, slots, empty_ids)
+    assert all(o.numel() == 0 for o in outputs)
+
+
+def test_errors_name_the_argument_what_is_expected_and_what_came():
+    x, packed, out = torch.ones(2, 3), ops.pack_weight(torch.ones(5, 3)), torch.empty(2, 5)
+    with pytest.raises(
+        ValueError, match=r"out must be \[num_rows=2, out_features=5\].*got \[2, 4\]"
+    ):
+        ops.linear(x, packed, None, 5, False, False, out[:, :4])
+    with pytest.raises(ValueError, match=r"packed must be \[packed_size=48\] fp32.*got \[96\]"):
+        ops.linear(x, torch.ones(96), None, 5, False, False, out)
+    with pytest.raises(ValueError, match=r"x must be .*unit stride.*strides \(1, 2\)"):
+        ops.linear(torch.ones(3, 2).T, packed, None, 5, False, False, out)
+    with pytest.raises(ValueError, match="out must be fp32 where accumulate is set"):
+        ops.linear(x, packed, None, 5, False, True, out.to(BF16))
+    with pytest.raises(ValueError, match=r"weight must be .*bf16 or fp32.*got \[2, 3\] fp64"):
+        ops.pack_weight(x.double())
+    with pytest.raises(ValueError, match=r"STEER_CPU_ISA must be one of portable, .*got 'sse9'"):
+        ops.set_cpu_isa("sse9")
+
+
+def test_indices_that_leave_the_cache_are_refused():
+    pages = Pages([3], FP32, *ATTENTION_SIZES["grouped"])
+    qkv, zero = random_qkv(pages, 1), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"slot_mapping must lie in \[-1, 14\), got 14 at"):
+        ops.rotary_and_store(
+            qkv, None, None, zero, torch.tensor([14]), 6, pages.k_cache, pages.v_cache
+        )
+    with pytest.raises(ValueError, match=r"seq_lens must lie in \[0, 8\), got 8"):
+        pages.attention(qkv, zero, zero + 8, None, 1.0)
+    pages.block_tables[0, 0] = 2
+    with pytest.raises(ValueError, match=r"block_tables must lie in \[0, 2\), got 2"):
+        pages.attention(qkv, zero, zero + 1, None, 1.0)
