@@ -1,5 +1,6 @@
-// torch.ops.steer_engine: checks tensors, takes their pointers and runs the kernels on Torch's threads. Outputs are the
-// caller's. The only file (with check_tensor.h) that includes Torch, and of Torch only the stable ABI.
+// torch.ops.steer_engine: checks tensors, takes their pointers and runs the kernels on Torch's
+// threads. Outputs are the caller's. The only file (with check_tensor.h) that includes Torch, and
+// of Torch only the stable ABI.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -37,8 +38,8 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Runs all tasks on Torch's pool. Each thread takes the next task when it is free: rows differ in length, and a core
-// may be busy with another process.
+// Runs all tasks on Torch's pool. Each thread takes the next task when it is free: rows differ in
+// length, and a core may be busy with another process.
 template <class Args>
 void run_tasks(int64_t num_tasks, const Args& args, void (*kernel)(const Args&, int64_t, int64_t)) {
   const int64_t num_threads = std::min<int64_t>(torch::stable::get_num_threads(), num_tasks);
@@ -65,10 +66,12 @@ Tensor pack_weight_op(const Tensor& weight) {
 
 void linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                int64_t out_features, bool gelu, bool accumulate, const Tensor& out) {
-  check_that(out_features > 0, "out_features must be positive, got " + std::to_string(out_features));
+  check_that(out_features > 0,
+             "out_features must be positive, got " + std::to_string(out_features));
   check_tensor(x, "x", {{"num_rows"}, {"in_features"}}, {kBf16, kFp32}, Layout::kUnitStride);
   const int64_t num_rows = x.size(0), in_features = x.size(1);
-  check_tensor(packed, "packed", {{"packed_size", packed_size(out_features, in_features, is_bf16(x))}},
+  check_tensor(packed, "packed",
+               {{"packed_size", packed_size(out_features, in_features, is_bf16(x))}},
                {x.scalar_type()});
   if (bias) check_tensor(*bias, "bias", {{"out_features", out_features}}, {kFp32});
   check_tensor(out, "out", {{"num_rows", num_rows}, {"out_features", out_features}}, {kBf16, kFp32},
@@ -180,7 +183,8 @@ int64_t choose_num_splits(int64_t num_rows, int64_t num_kv_heads, int64_t heads_
   const int64_t num_threads = torch::stable::get_num_threads();
   const int64_t num_tasks = num_rows * num_kv_heads;
   if (num_threads <= 1 || num_tasks >= 4 * num_threads) return 1;
-  return std::min(heads_per_kv, (4 * num_threads + num_tasks - 1) / std::max<int64_t>(num_tasks, 1));
+  return std::min(heads_per_kv,
+                  (4 * num_threads + num_tasks - 1) / std::max<int64_t>(num_tasks, 1));
 }
 
 void paged_attention_op(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache,
@@ -200,8 +204,7 @@ void paged_attention_op(const Tensor& qkv, const Tensor& k_cache, const Tensor& 
   check_that(num_heads > 0 && num_kv_heads > 0 && num_heads % num_kv_heads == 0,
              "num_heads must be a multiple of num_kv_heads=" + std::to_string(num_kv_heads) +
                  ", got " + std::to_string(num_heads));
-  check_tensor(qkv, "qkv",
-               {{"num_rows"}, {"qkv_size", (num_heads + 2 * num_kv_heads) * head_dim}},
+  check_tensor(qkv, "qkv", {{"num_rows"}, {"qkv_size", (num_heads + 2 * num_kv_heads) * head_dim}},
                {k_cache.scalar_type()}, Layout::kUnitStride);
   const int64_t num_rows = qkv.size(0);
   check_tensor(block_tables, "block_tables", {{"num_tables"}, {"max_blocks"}}, {kInt32});

@@ -1,4 +1,5 @@
-// The one helper that checks the ops' tensors. Messages name the argument, what is expected and what came.
+// The one helper that checks the ops' tensors. Messages name the argument, what is expected and
+// what came.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -27,14 +28,22 @@ enum class Layout {
 
 inline std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "fp32";
-    case ScalarType::BFloat16: return "bf16";
-    case ScalarType::Half: return "fp16";
-    case ScalarType::Double: return "fp64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "dtype " + std::to_string(static_cast<int>(dtype));
+    case ScalarType::Float:
+      return "fp32";
+    case ScalarType::BFloat16:
+      return "bf16";
+    case ScalarType::Half:
+      return "fp16";
+    case ScalarType::Double:
+      return "fp64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "dtype " + std::to_string(static_cast<int>(dtype));
   }
 }
 
@@ -48,8 +57,8 @@ inline std::string describe(const Tensor& tensor) {
   return text.str();
 }
 
-inline std::string describe(std::initializer_list<Dim> dims, std::initializer_list<ScalarType> dtypes,
-                            Layout layout) {
+inline std::string describe(std::initializer_list<Dim> dims,
+                            std::initializer_list<ScalarType> dtypes, Layout layout) {
   std::ostringstream text;
   text << "[";
   const char* separator = "";
@@ -64,7 +73,8 @@ inline std::string describe(std::initializer_list<Dim> dims, std::initializer_li
     text << separator << dtype_name(dtype);
     separator = " or ";
   }
-  text << (layout == Layout::kContiguous ? ", contiguous" : ", with unit stride in the last dimension");
+  text << (layout == Layout::kContiguous ? ", contiguous"
+                                         : ", with unit stride in the last dimension");
   return text.str();
 }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError
 
 MAX_CONFIG_BYTES = 10_000_000
+MAX_NUM_LAYERS = 1000  # Falcon-180B has 80; bounds what is built from a config before files are read
 MODEL_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
 
 
@@ -86,8 +88,9 @@ class FalconConfig:
             raise CheckpointError(
                 f"{where}: hidden_size {hidden_size} is not a multiple of the {num_heads} heads"
             )
-        # The old remote code had one model_type per architecture instead of a flag.
-        uses_new_decoder = bool(values.get("new_decoder_architecture", model_type == "RefinedWeb"))
+        # The old remote code had no flag: RefinedWeb is Falcon-40B, with grouped heads, or RW-1B.
+        is_old_40b = model_type == "RefinedWeb" and "n_head_kv" in values
+        uses_new_decoder = bool(values.get("new_decoder_architecture", is_old_40b))
         is_parallel = uses_new_decoder or bool(values.get("parallel_attn", True))
         # Transformers writes num_kv_heads = number of heads for multi-query models too: the flag is
         # what counts.
@@ -107,25 +110,37 @@ class FalconConfig:
             raise CheckpointError(
                 f"{where}: num_ln_in_parallel_attn must be 1 or 2, got {num_layer_norms!r}"
             )
-        eos = values.get("eos_token_id")
+        uses_alibi = bool(values.get("alibi", False))
+        head_dim = hidden_size // num_heads
+        if head_dim % 2 and not uses_alibi:
+            raise CheckpointError(f"{where}: head_dim {head_dim} is odd; rotary needs pairs")
+        num_layers = size("num_hidden_layers", "n_layer")
+        if num_layers > MAX_NUM_LAYERS:
+            raise CheckpointError(
+                f"{where}: num_hidden_layers must be at most {MAX_NUM_LAYERS}, got {num_layers}"
+            )
+        vocab_size = size("vocab_size")
+        bos_token_ids = _token_ids(values, "bos_token_id", vocab_size, where)
         return cls(
-            vocab_size=size("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
-            num_layers=size("num_hidden_layers", "n_layer"),
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             ffn_hidden_size=size("ffn_hidden_size", default=4 * hidden_size),
             is_parallel=is_parallel,
             num_layer_norms=num_layer_norms,
             uses_new_decoder=uses_new_decoder,
-            uses_alibi=bool(values.get("alibi", False)),
+            uses_alibi=uses_alibi,
             has_bias=bool(values.get("bias", False)),
-            layer_norm_epsilon=float(values.get("layer_norm_epsilon") or 1e-5),
-            rope_theta=_rope_theta(values),
+            layer_norm_epsilon=_positive_number(values, "layer_norm_epsilon", 1e-5, where),
+            rope_theta=_positive_number(
+                (values.get("rope_parameters") or {}) | values, "rope_theta", 10000.0, where
+            ),
             max_position_embeddings=size("max_position_embeddings", default=2048),
             ties_word_embeddings=bool(values.get("tie_word_embeddings", True)),
-            bos_token_id=values.get("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            bos_token_id=bos_token_ids[0] if bos_token_ids else None,
+            eos_token_ids=_token_ids(values, "eos_token_id", vocab_size, where),
         )
 
 
@@ -152,15 +167,32 @@ def read_json_object(path: Path) -> dict:
     return value
 
 
-def _rope_theta(values: dict) -> float:
-    parameters = values.get("rope_parameters") or {}
-    return float(parameters.get("rope_theta") or values.get("rope_theta") or 10000.0)
+def _positive_number(values: dict, name: str, default: float, where: str) -> float:
+    value = default if values.get(name) is None else values[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise CheckpointError(f"{where}: {name} must be a positive number, got {value!r}")
+    return float(value)
+
+
+def _token_ids(values: dict, name: str, vocab_size: int, where: str) -> tuple[int, ...]:
+    """One id, a list of ids, or none."""
+    value = values.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise CheckpointError(
+            f"{where}: {name} must be token ids in [0, {vocab_size}), got {value!r}"
+        )
+    return tuple(ids)
 
 
 def _refuse_unsupported(values: dict, where: str) -> None:
     """Refuse, by name, settings that would change the forward pass in a way this engine does not
     compute.
     """
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(values.get(name) or {}, dict):
+            raise CheckpointError(f"{where}: {name} must be an object, got {values[name]!r}")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     problems = {

@@ -148,10 +148,22 @@ def read_texts(source: str | Path | Sequence[str] | None) -> list[str]:
         wrong = next((t for t in texts if not isinstance(t, str)), None)
         if wrong is not None:
             raise DataError(f"real must hold strings, got a {type(wrong).__name__}")
+    for number, text in enumerate(texts, start=1):
+        if not is_unicode(text):
+            raise DataError(f"{name}: text {number} holds a lone surrogate, which no UTF-8 text can")
     stripped = [text.strip() for text in texts if text.strip()]
     if not stripped:
         raise DataError(f"{name}: holds no text")
     return stripped
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; a lone surrogate (JSON's "\\ud800") cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_file(path: Path) -> Iterator[str]:

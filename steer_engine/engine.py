@@ -8,6 +8,7 @@ drawn from the combined logits.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from . import ops
 from .checkpoint import Checkpoint
 from .config import FalconConfig
-from .dataset import SyntheticDataset
+from .dataset import SyntheticDataset, is_unicode
 from .errors import CapacityError, CheckpointError, check_number
 from .generation import Convergence, DatasetRequest, DatasetRun
 from .guidance import Guidance, PassKind
@@ -273,7 +274,10 @@ class Engine:
 
         Arguments and errors as in `generate`.
         """
-        sequences = self._sequences(prompts, negative_prompts, guidance, sampling, seed=0)
+        sampling = sampling or SamplingParams()
+        # One token is looked at, so a prompt may fill the context but for that token.
+        first = replace(sampling, max_tokens=1, min_tokens=min(1, sampling.min_tokens))
+        sequences = self._sequences(prompts, negative_prompts, guidance, first, seed=0)
         rows = []
         for logits, tensors in self._first_logits(sequences):
             rows.append(ops.guided_probs(logits, tensors.weights, **_distribution(tensors)).cpu())
@@ -282,15 +286,15 @@ class Engine:
     def logits(self, prompts: Sequence[Prompt], which: str = "domain") -> torch.Tensor:
         """One model's raw logits behind each prompt: float32 [num_prompts, vocab_size] on the CPU.
 
-        which: "domain" or "base". Raises: ValueError for another name, or "base" without a domain
-            model to tell apart.
+        which: "domain" or "base"; without a domain model both name the only one there is.
+        Raises: ValueError for another name, and as in `generate`.
         """
         if which not in ("domain", "base"):
             raise ValueError(f"which must be 'domain' or 'base', got {which!r}")
-        # Without a domain model both names mean the only model there is.
         kind = PassKind.BASE if which == "base" and self.has_domain else PassKind.DOMAIN
         only = [float(kind is k) for k in PassKind]
-        sequences = self._sequences(prompts, None, Guidance(*only), None, seed=0)
+        first = SamplingParams(max_tokens=1)
+        sequences = self._sequences(prompts, None, Guidance(*only), first, seed=0)
         return self._joined([logits[-1].cpu() for logits, _ in self._first_logits(sequences)])
 
     def generate_dataset(
@@ -370,6 +374,11 @@ class Engine:
         sampling: SamplingParams,
     ) -> DecodingSequence:
         """A sequence ready to be queued. Raises ValueError or CapacityError if it can never run."""
+        outside = [i for i in sampling.stop_token_ids if i >= self.model_config.vocab_size]
+        if outside:
+            raise ValueError(
+                f"stop_token_ids must be in [0, {self.model_config.vocab_size}), got {outside[0]}"
+            )
         sequence = DecodingSequence(
             key, stream_id, prompts, guidance, sampling, self.tokenizer, self.eos_token_ids
         )
@@ -397,9 +406,14 @@ class Engine:
         needs one token.
         """
         if isinstance(prompt, str):
+            if not is_unicode(prompt):
+                raise ValueError(f"{name} holds a lone surrogate, which no UTF-8 text can")
             token_ids = self.tokenizer.encode(prompt)
         else:
-            token_ids = [int(i) for i in prompt]
+            try:
+                token_ids = [operator.index(i) for i in prompt]
+            except TypeError:
+                raise ValueError(f"{name} must be a str or a list of token ids") from None
             if (
                 token_ids
                 and not 0 <= min(token_ids) <= max(token_ids) < self.model_config.vocab_size
@@ -490,6 +504,8 @@ class Engine:
         needs_negative = PassKind.NEGATIVE in guidance.passes
         if needs_negative and negative_prompts is None:
             raise ValueError("guidance has a negative weight, but negative_prompts is None")
+        if isinstance(negative_prompts, str):
+            raise ValueError("negative_prompts must be a list of prompts, got one str")
         if negative_prompts is not None and len(negative_prompts) != len(prompts):
             raise ValueError(
                 f"negative_prompts must have one entry per prompt ({len(prompts)}), got "
@@ -566,6 +582,7 @@ def _distribution(tensors: SamplerTensors) -> dict[str, torch.Tensor]:
     return {name: getattr(tensors, name) for name in ("temperature", "top_p", "top_k", "alpha")}
 
 
+@torch.inference_mode()
 def ban_endings(
     logits: torch.Tensor, weights: torch.Tensor, running: Sequence[DecodingSequence]
 ) -> None:

@@ -74,7 +74,9 @@ def collate(examples: list[tuple[list, list]], pad_id: int) -> tuple[torch.Tenso
 
 
 def batch_loss(model, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy (nats) over the labels. Padding stands behind the text, so causality hides it."""
+    """Mean cross-entropy (nats) over the labels. Padding stands behind the text, so causality hides
+    it.
+    """
     device = next(model.parameters()).device
     input_ids, labels = (t.to(device) for t in batch)
     logits = model(input_ids, use_cache=False).logits.float()
@@ -98,7 +100,9 @@ def mean_loss(model, examples: list, config: FinetuneConfig, pad_id: int) -> flo
 
 
 def finetune(base: Path, train: Path, prompt: str | None, output: Path, config: FinetuneConfig):
-    """Train an adapter and write it with its tokenizer-free PEFT files; returns held-out losses per epoch."""
+    """Train an adapter and write it with its tokenizer-free PEFT files; returns held-out losses per
+    epoch.
+    """
     from peft import LoraConfig, get_peft_model
     from tokenizers import Tokenizer
     from transformers import FalconForCausalLM
@@ -156,9 +160,7 @@ def main() -> None:
     for name, value in vars(FinetuneConfig()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     arguments = vars(parser.parse_args())
-    base, train, prompt, output = (
-        arguments.pop(k) for k in ("base", "train", "prompt", "output")
-    )
+    base, train, prompt, output = (arguments.pop(k) for k in ("base", "train", "prompt", "output"))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     finetune(base, train, prompt, output, FinetuneConfig(**arguments))
 

@@ -65,6 +65,11 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+def cpu_isa() -> str:
+    """The instruction set that the C++ kernels use on this machine."""
+    return torch.ops.steer_engine.cpu_isa()
+
+
 def implementation(backend: str) -> ModuleType:
     """The module of functions of a resolved backend."""
     if backend == "cpu":

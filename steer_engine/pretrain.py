@@ -42,7 +42,7 @@ class PretrainConfig:
     seq_len: int = 256
     batch_size: int = 32
     hours: float = 2.0
-    learning_rate: float = 4e-3
+    learning_rate: float = 2.5e-3
     weight_decay: float = 0.1
     warmup_share: float = 0.02
     max_megabytes_per_file: int = 64
@@ -182,10 +182,10 @@ def build_optimizers(model, config: PretrainConfig) -> list[torch.optim.Optimize
 
 
 def learning_rate_factor(progress: float, warmup_share: float) -> float:
-    """Linear warm-up, then constant, then linear to zero over the last 40 % of the budget."""
+    """Linear warm-up, then constant, then linear to zero over the last 60 % of the budget."""
     if progress < warmup_share:
         return max(progress / warmup_share, 0.01)
-    return max(min(1.0, (1.0 - progress) / 0.4), 0.0)
+    return max(min(1.0, (1.0 - progress) / 0.6), 0.0)
 
 
 def loss_on(model, input_ids: torch.Tensor, autocast_dtype: torch.dtype) -> torch.Tensor:

@@ -40,11 +40,18 @@ class SamplingParams:
     def __post_init__(self):
         check_number("temperature", self.temperature, low=0.0)
         check_number("top_p", self.top_p, low=0.0, high=1.0, low_is_open=True)
-        check_number("top_k", self.top_k, low=0, is_int=True)
+        # The sampler reads int32.
+        check_number("top_k", self.top_k, low=0, high=2**31 - 1, is_int=True)
         check_number("max_tokens", self.max_tokens, low=1, is_int=True)
         check_number("min_tokens", self.min_tokens, low=0, high=self.max_tokens, is_int=True)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(s, str) and s for s in stop):
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        ids = self.stop_token_ids
+        if not isinstance(ids, list | tuple) or not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(f"stop_token_ids must be token ids (ints from 0), got {ids!r}")
+        for name in ("ignore_eos", "include_stop"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(ids))

@@ -15,6 +15,10 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from .errors import CheckpointError
 
+MAX_TOKEN_ID = 1 << 20  # Falcon's are below 2**17; the table of bytes is as long as the highest id
+# Comes back unchanged from a byte-level BPE without a normalizer, and from nothing else.
+PROBE = " Aa\n\té漢🙂"
+
 
 def byte_level_alphabet() -> dict[str, int]:
     """The byte that each character of a byte-level BPE vocabulary stands for (GPT-2's table)."""
@@ -47,17 +51,28 @@ class Tokenizer:
         # A saved tokenizer may carry truncation or padding settings of its training.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._merges = model.get("merges", [])
+        # Older files spell a merge "a b", newer ones ["a", "b"].
+        self._merges = [
+            tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])
+        ]
         self.special_ids = frozenset(
             i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special
         )
         self._token_bytes = self._build_token_bytes()
+        if self.decode(self.encode(PROBE)) != PROBE:
+            raise CheckpointError(
+                f"{self.path}: does not give back the text {PROBE!r} from its tokens; Falcon's "
+                "tokenizers are byte-level BPE without a normalizer"
+            )
 
     def _build_token_bytes(self) -> list[bytes]:
         alphabet = byte_level_alphabet()
         added = self._tokenizer.get_added_tokens_decoder()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        token_bytes = [b""] * (max(vocabulary.values()) + 1)
+        highest = max(vocabulary.values(), default=0)
+        if highest > MAX_TOKEN_ID:
+            raise CheckpointError(f"{self.path}: token id {highest} is over {MAX_TOKEN_ID}")
+        token_bytes = [b""] * (highest + 1)
         for token, token_id in vocabulary.items():
             if token_id in added:
                 token_bytes[token_id] = b"" if added[token_id].special else token.encode()
@@ -98,7 +113,7 @@ class Tokenizer:
         """Raise CheckpointError with counts unless both map text to the same ids."""
         mine = self._tokenizer.get_vocab(with_added_tokens=True)
         theirs = other._tokenizer.get_vocab(with_added_tokens=True)
-        num_tokens = len(mine.items() ^ theirs.items())
+        num_tokens = len({token for token, _ in mine.items() ^ theirs.items()})
         num_merges = sum(a != b for a, b in zip(self._merges, other._merges, strict=False))
         num_merges += abs(len(self._merges) - len(other._merges))
         if num_tokens or num_merges:

@@ -1,5 +1,6 @@
-// Everything that the kernels use and that is not compiled per instruction set. The isa_*.cpp files include this before
-// they switch the instruction set: no function that other files share may be compiled for a machine that is not there.
+// Everything that the kernels use and that is not compiled per instruction set. The isa_*.cpp files
+// include this before they switch the instruction set: no function that other files share may be
+// compiled for a machine that is not there.
 #pragma once
 
 #include <algorithm>

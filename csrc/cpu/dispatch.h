@@ -1,4 +1,5 @@
-// Which instruction set the ops use: the best that the machine has, unless lowered.
+// Which instruction set the ops use: the fastest on this machine, unless STEER_CPU_ISA or
+// set_cpu_isa names one.
 #pragma once
 
 #include <string>
@@ -12,7 +13,8 @@ const Kernels& kernels();
 // "portable", "avx2", "avx512" or "avx512_bf16".
 std::string cpu_isa();
 
-// Uses `name` from now on, or the machine's best if that is less. Throws std::invalid_argument for an unknown name.
+// Uses `name` from now on, or the machine's highest if that is less. Throws std::invalid_argument
+// for an unknown name.
 void set_cpu_isa(const std::string& name);
 
 }  // namespace steer

@@ -1,16 +1,15 @@
-// One token per sequence from the combined logits of its passes, bit for bit as kernels/reference/guided_sample.py
-// defines it (the numbered steps are that file's).
+// One token per sequence from the combined logits of its passes, bit for bit as
+// kernels/reference/guided_sample.py defines it (the numbered steps are that file's).
 //
-// No sort: masses are integers, so their sum over any part of the vocabulary is exact, and tokens too light to reach the
-// nucleus are dropped before the few that are left are searched for its edge. Every fp32 multiplication and addition
-// below rounds by itself; none may become fma.
+// No sort: masses are integers, so their sum over any part of the vocabulary is exact, and tokens
+// too light to reach the nucleus are dropped before the few that are left are searched for its
+// edge. Every fp32 multiplication and addition below rounds by itself; none may become fma.
 #pragma once
 
 namespace steer::STEER_ISA {
 
 constexpr int32_t kStatusNan = 1, kStatusEmpty = 2, kStatusInf = 4;
 constexpr float kMaxLogit = 3e38f;
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 // Below 2**-41 of the top token a mass rounds to 0.
 constexpr float kLowestExponent = -42.0f;
 // The masses of 1024 tokens are added up together: at most 2**50, exact in fp64.
@@ -97,10 +96,11 @@ inline Combined combine(const Row<T>& row, float* x_out) {
     store(x_out + v, x);
     highest = max(x, highest);
   }
-  return {x_out, maximum(highest), (bits(is_nan) ? kStatusNan : 0) | (bits(is_inf) ? kStatusInf : 0)};
+  return {x_out, maximum(highest),
+          (bits(is_nan) ? kStatusNan : 0) | (bits(is_inf) ? kStatusInf : 0)};
 }
 
-inline F16 exponent(F16 x, float x_max) { return (x - splat(x_max)) * splat(1.44269504f); }
+inline F16 exponent(F16 x, float x_max) { return (x - splat(x_max)) * splat(kLog2E); }
 
 // Step 3: floor(2**t * 2**40 + 0.5), 0 where t <= -42 or NaN.
 inline F16 exp2_mass(F16 t) {
@@ -149,9 +149,9 @@ inline uint64_t mass_target(uint64_t total, uint64_t top_p_fixed) {
   return std::max<uint64_t>(1, (total >> 32) * top_p_fixed + (low >> 32));
 }
 
-// Every token outside the nucleus may be left out of the search if its exponent is at most this. With all masses at
-// most (total - target) / vocab_size, the left-out ones are at most total - target together, so the others reach the
-// target. The margin of 0.01 covers the rounding of exponent and mass.
+// Tokens whose exponent is at most this need not be searched. Their masses are at most
+// (total - target) / vocab_size each, so at most total - target together: the others, which come
+// first in the order, reach the target without them. The 0.01 covers the rounding of the masses.
 inline float lowest_useful_exponent(uint64_t total, uint64_t target, int64_t vocab_size) {
   const uint64_t dispensable = (total - target) / static_cast<uint64_t>(vocab_size);
   if (dispensable == 0) return kLowestExponent;
@@ -190,18 +190,22 @@ inline Draw draw_from_all(const Combined& c, int64_t vocab_size, uint64_t random
 inline Draw draw_from_list(const TokenList& list, uint64_t random) {
   const uint64_t total = total_mass(list);
   const int64_t i = first_above(list.mass, multiply_high(random, total));
-  const auto num_kept = std::count_if(list.mass, list.mass + list.size, [](float m) { return m > 0; });
-  return {list.index[i], static_cast<uint64_t>(list.mass[i]), total, static_cast<int32_t>(num_kept)};
+  const auto num_kept =
+      std::count_if(list.mass, list.mass + list.size, [](float m) { return m > 0; });
+  return {list.index[i], static_cast<uint64_t>(list.mass[i]), total,
+          static_cast<int32_t>(num_kept)};
 }
 
 // Steps 3 to 6. list: room for vocab_size tokens, padded to 16; members: [vocab_size].
 inline Draw draw_token(const GuidedSampleArgs& a, int64_t seq, const Combined& c, TokenList list,
                        int32_t* members, uint64_t* block_masses) {
   const uint64_t random = random_bits(a.seed, a.stream_ids[seq], a.steps[seq], kStreamTokens);
+  // prepare_parameters keeps both in range; a wrong value must not lead out of the buffers.
   const uint64_t top_p = std::clamp<int64_t>(a.top_p_fixed[seq], 1, int64_t{1} << 32);
-  if (a.top_k[seq] < a.vocab_size) {
+  const int64_t top_k = std::max(a.top_k[seq], 1);
+  if (top_k < a.vocab_size) {
     collect(c, a.vocab_size, kLowestExponent, list);
-    keep_first(list, a.top_k[seq], members);
+    keep_first(list, top_k, members);
     const uint64_t total = total_mass(list), target = mass_target(total, top_p);
     if (target < total) keep_mass(list, target, members);
     return draw_from_list(list, random);
@@ -248,7 +252,8 @@ inline void guided_sample_row(const GuidedSampleArgs& a, int64_t seq) {
   a.status[seq] = c.status;
   a.logprobs[seq] = 0.0f;
   if (c.x_max == kMinusInf) {
-    a.token_ids[seq] = fallback_token(static_cast<const T*>(a.logits) + seq * a.seq_stride, a.vocab_size);
+    a.token_ids[seq] =
+        fallback_token(static_cast<const T*>(a.logits) + seq * a.seq_stride, a.vocab_size);
     a.status[seq] |= kStatusEmpty;
     a.num_kept[seq] = 0;
     a.total_mass[seq] = 0;

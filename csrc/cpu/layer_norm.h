@@ -1,4 +1,5 @@
-// out = (x - mean) / sqrt(variance + eps) * weight + bias, per row; mean and variance in fp32, in two passes.
+// out = (x - mean) / sqrt(variance + eps) * weight + bias, per row; mean and variance in fp32, in
+// two passes.
 #pragma once
 
 namespace steer::STEER_ISA {

@@ -1,15 +1,50 @@
 // out = x W^T + bias, then GELU, then stored or added to out.
 //
-// A task is a panel of 64 columns. Its weights are read from memory once, in blocks of kBlockLen inputs, and every
-// block is used for all rows of a chunk while it lies in L2.
+// A task is a panel of 64 columns. Its weights are read from memory once, in blocks of kBlockLen
+// inputs, and every block is used for all rows of a chunk while it lies in cache.
 #pragma once
 
 namespace steer::STEER_ISA {
 
-// 6 rows x 1024 bf16 inputs are 12 KB of L1, 64 columns x 1024 are 128 KB of L2.
+// Inputs of a block. 64 columns x 1024 are 128 KB of L2 in bf16, 6 rows x 1024 are 12 KB of L1.
 constexpr int64_t kBlockLen = 1024;
-// The sums of a chunk, 240 x 64 in fp32, are 60 KB of L2.
+// Of a block converted to fp32: 64 columns x 64 are 16 KB of L1.
+constexpr int64_t kFp32BlockLen = 64;
+// The sums of a chunk of rows, 240 x 64 in fp32, are 60 KB of L2.
 constexpr int64_t kRowChunk = 240;
+
+// The sums of a chunk of rows and room for blocks in fp32, with a padded last input.
+struct PanelScratch {
+  float* sums;     // [kRowChunk, kPanelWidth]
+  float* x;        // [kRowChunk, kFp32BlockLen]
+  float* weights;  // [kPanelWidth / kLanes, kFp32BlockLen, kLanes]
+};
+
+// One call of `multiply` for bf16 by fp32 arithmetic: converts x and weights first. The same
+// products in the same order as without conversion, so the same bits. T is bf16; a parameter, so
+// that levels without it compile nothing.
+template <class T>
+inline void multiply_converted(const T* x, int64_t x_row_stride, int64_t rows, const T* packed,
+                               int64_t group_stride, int64_t num_groups, int64_t k_len,
+                               const PanelScratch& scratch) {
+  const int64_t padded_len = round_up(k_len, 2);
+  for (int64_t row = 0; row < rows; ++row) {
+    float* to = scratch.x + row * kFp32BlockLen;
+    for (int64_t k = 0; k < k_len; k += kLanes) {
+      store(to + k, load(x + row * x_row_stride + k, k_len - k));
+    }
+  }
+  for (int64_t group = 0; group < num_groups; ++group) {
+    float* to = scratch.weights + group * kFp32BlockLen * kLanes;
+    for (int64_t k = 0; k < padded_len; k += 2) {
+      const auto pair = load_weights(packed + group * group_stride + k * kLanes);
+      store(to + k * kLanes, pair.even);
+      store(to + (k + 1) * kLanes, pair.odd);
+    }
+  }
+  multiply(scratch.x, kFp32BlockLen, rows, scratch.weights, kFp32BlockLen * kLanes, num_groups,
+           padded_len, scratch.sums, kPanelWidth);
+}
 
 template <class Out>
 inline void finish_row(const LinearArgs& a, const float* sums, int64_t row, int64_t first_column) {
@@ -25,28 +60,46 @@ inline void finish_row(const LinearArgs& a, const float* sums, int64_t row, int6
   }
 }
 
+// scratch.sums = x W^T for the rows from row_begin on.
 template <class T>
-inline void linear_panel(const LinearArgs& a, int64_t panel) {
-  const int64_t first_column = panel * kPanelWidth;
-  const int64_t num_groups =
-      std::min(kPanelWidth, round_up(a.out_features - first_column, kLanes)) / kLanes;
+inline void multiply_panel(const LinearArgs& a, int64_t first_column, int64_t row_begin,
+                           int64_t rows, const PanelScratch& scratch) {
+  const int64_t width = std::min(kPanelWidth, a.out_features - first_column);
+  const int64_t num_groups = round_up(width, kLanes) / kLanes;
   const int64_t group_stride = kLanes * round_up(a.in_features, kStep<T>);
   const T* packed = static_cast<const T*>(a.packed) + first_column / kLanes * group_stride;
-  float* sums = Scratch(kRowChunk * kPanelWidth * sizeof(float))
-                    .take<float>(kRowChunk * kPanelWidth);  // [rows of the chunk, kPanelWidth]
+  const T* x = static_cast<const T*>(a.x) + row_begin * a.x_row_stride;
+  std::memset(scratch.sums, 0, rows * kPanelWidth * sizeof(float));
+  if constexpr (sizeof(T) == sizeof(bf16) && kMinRowsToConvert != kNever) {
+    if (rows >= kMinRowsToConvert) {
+      for (int64_t k = 0; k < a.in_features; k += kFp32BlockLen) {
+        multiply_converted(x + k, a.x_row_stride, rows, packed + k * kLanes, group_stride,
+                           num_groups, std::min(kFp32BlockLen, a.in_features - k), scratch);
+      }
+      return;
+    }
+  }
+  for (int64_t k = 0; k < a.in_features; k += kBlockLen) {
+    multiply(x + k, a.x_row_stride, rows, packed + k * kLanes, group_stride, num_groups,
+             std::min(kBlockLen, a.in_features - k), scratch.sums, kPanelWidth);
+  }
+}
 
+template <class T>
+inline void linear_panel(const LinearArgs& a, int64_t panel) {
+  constexpr int64_t kSums = kRowChunk * kPanelWidth, kX = kRowChunk * kFp32BlockLen;
+  constexpr int64_t kWeights = kPanelWidth * kFp32BlockLen;
+  Scratch parts((kSums + kX + kWeights) * sizeof(float));
+  const PanelScratch scratch{parts.take<float>(kSums), parts.take<float>(kX),
+                             parts.take<float>(kWeights)};
+  const int64_t first_column = panel * kPanelWidth;
   for (int64_t row_begin = 0; row_begin < a.num_rows; row_begin += kRowChunk) {
     const int64_t rows = std::min(kRowChunk, a.num_rows - row_begin);
-    std::memset(sums, 0, rows * kPanelWidth * sizeof(float));
-    for (int64_t k = 0; k < a.in_features; k += kBlockLen) {
-      const T* x = static_cast<const T*>(a.x) + row_begin * a.x_row_stride + k;
-      multiply(x, a.x_row_stride, rows, packed + k * kLanes, group_stride, num_groups,
-               std::min(kBlockLen, a.in_features - k), sums, kPanelWidth);
-    }
+    multiply_panel<T>(a, first_column, row_begin, rows, scratch);
     for (int64_t row = 0; row < rows; ++row) {
-      const float* row_sums = sums + row * kPanelWidth;
-      a.out_is_bf16 ? finish_row<bf16>(a, row_sums, row_begin + row, first_column)
-                    : finish_row<float>(a, row_sums, row_begin + row, first_column);
+      const float* sums = scratch.sums + row * kPanelWidth;
+      a.out_is_bf16 ? finish_row<bf16>(a, sums, row_begin + row, first_column)
+                    : finish_row<float>(a, sums, row_begin + row, first_column);
     }
   }
 }

@@ -1,8 +1,9 @@
-// sums[row][column] += sum over k of x[row][k] * packed[k][column], the inner product of linear and of attention.
+// sums[row][column] += sum over k of x[row][k] * packed[k][column], the inner product of linear and
+// of attention.
 //
-// The order of the additions for one (row, column) is k = 0, 1, 2, ... in one accumulator, whatever tile the row falls
-// into and however k is cut into calls: sums go to memory and back unrounded. So a row's result does not depend on its
-// neighbours.
+// The order of the additions for one (row, column) is k = 0, 1, 2, ... in one accumulator, whatever
+// tile the row falls into and however k is cut into calls: sums go to memory and back unrounded. So
+// a row's result does not depend on its neighbours.
 #pragma once
 
 namespace steer::STEER_ISA {
@@ -47,7 +48,8 @@ inline void multiply_tile(const T* x, int64_t x_row_stride, const T* packed, int
     multiply_step(x + k, x_row_stride, packed + k * kLanes, group_stride, sums);
   }
   if (k < k_len) {
-    // An odd last input: its partner is 0, as in the packed weight; what lies behind the row may be NaN.
+    // An odd last input: its partner is 0, as in the packed weight; what lies behind the row may be
+    // NaN.
     T last[kRows][kStep<T>] = {};
     for (int r = 0; r < kRows; ++r) last[r][0] = x[r * x_row_stride + k];
     multiply_step(&last[0][0], kStep<T>, packed + k * kLanes, group_stride, sums);
@@ -75,8 +77,8 @@ inline void multiply_rows(int64_t num_rows, const T* x, int64_t x_row_stride, co
   }
 }
 
-// All tiles of num_rows x num_groups. packed points at the first k of the first group; the next group of 16 columns
-// begins group_stride values further.
+// All tiles of num_rows x num_groups. packed points at the first k of the first group; the next
+// group of 16 columns begins group_stride values further.
 template <class T>
 inline void multiply(const T* x, int64_t x_row_stride, int64_t num_rows, const T* packed,
                      int64_t group_stride, int64_t num_groups, int64_t k_len, float* sums,

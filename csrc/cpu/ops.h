@@ -1,21 +1,27 @@
-// The CPU ops: their arguments and their entry points. Plain pointers and sizes; bindings.cpp has checked them.
+// The CPU ops: their arguments and their entry points. Plain pointers and sizes; bindings.cpp has
+// checked them.
 //
-// Every op is a number of independent tasks, and an entry point runs the tasks [begin, end). No task's arithmetic
-// depends on how the tasks are grouped, so results do not depend on the number of threads.
+// Every op is a number of independent tasks, and an entry point runs the tasks [begin, end). No
+// task's arithmetic depends on how the tasks are grouped, so results do not depend on the number of
+// threads.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 namespace steer {
 
-// A packed weight is [out_features / kLanes][in_features / step][kLanes][step], zero padded; step is 2 in bf16 and 1 in
-// fp32. So 16 output columns lie side by side, as the multiply-add instructions want them.
+// A packed weight is [out_features / kLanes][in_features / step][kLanes][step], zero padded; step
+// is 2 in bf16 and 1 in fp32. So 16 output columns lie side by side, as the multiply-add
+// instructions want them.
 constexpr int64_t kLanes = 16;
 
-// A task of `linear` is this many output columns. 64 columns of 4544 inputs are 0.6 MB in bf16, which stays in L2 while
-// all rows pass over it.
+// A task of `linear` is this many output columns. 64 columns of 4544 inputs are 0.6 MB in bf16,
+// which stays in L2 while all rows pass over it.
 constexpr int64_t kPanelWidth = 64;
+
+constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -110,8 +116,9 @@ struct Kernels {
   void (*linear)(const LinearArgs&, int64_t, int64_t);                    // tasks: panels
   void (*layer_norm)(const LayerNormArgs&, int64_t, int64_t);             // tasks: rows
   void (*rotary_and_store)(const RotaryAndStoreArgs&, int64_t, int64_t);  // tasks: tokens
-  void (*paged_attention)(const PagedAttentionArgs&, int64_t, int64_t);   // tasks: row, kv head, split
-  void (*guided_sample)(const GuidedSampleArgs&, int64_t, int64_t);       // tasks: sequences
+  void (*paged_attention)(const PagedAttentionArgs&, int64_t,
+                          int64_t);                                  // tasks: row, kv head, split
+  void (*guided_sample)(const GuidedSampleArgs&, int64_t, int64_t);  // tasks: sequences
 };
 
 }  // namespace steer

@@ -1,4 +1,5 @@
-// packed[n / 16][k / step][n % 16][k % step] = weight[n][k]; step is 2 in bf16, 1 in fp32; padding is zero.
+// packed[n / 16][k / step][n % 16][k % step] = weight[n][k]; step is 2 in bf16, 1 in fp32; padding
+// is zero.
 #include <cstring>
 
 #include "cpu/bf16.h"

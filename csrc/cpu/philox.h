@@ -1,5 +1,6 @@
-// Philox4x32-10, the counter-based generator behind every random choice (kernels/reference/philox.py).
-// Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Random123).
+// Philox4x32-10, the counter-based generator behind every random choice
+// (kernels/reference/philox.py). Source: Salmon et al. 2011, "Parallel random numbers: as easy as
+// 1, 2, 3" (Random123).
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@ namespace steer {
 // The fourth counter word separates the uses of one seed; 0 draws tokens.
 constexpr uint32_t kStreamTokens = 0;
 
-// 64 random bits: words 0 (high) and 1 (low) for key = seed, counter = (step, stream id low, high, stream).
+// 64 random bits: words 0 (high) and 1 (low) for key = seed, counter = (step, stream id low, high,
+// stream).
 inline uint64_t random_bits(uint64_t seed, int64_t stream_id, int64_t step, uint32_t stream) {
   uint32_t counter[4] = {static_cast<uint32_t>(step), static_cast<uint32_t>(stream_id),
                          static_cast<uint32_t>(static_cast<uint64_t>(stream_id) >> 32), stream};

@@ -1,5 +1,7 @@
-// Rotates the query and key heads of each token in place and writes its keys and values to the cache:
-//   (x1, x2) -> (x1 * cos - x2 * sin, x2 * cos + x1 * sin), x1 and x2 the halves of a head (RoPE, half-split form).
+// Rotates the query and key heads of each token in place and writes its keys and values to the
+// cache:
+//   (x1, x2) -> (x1 * cos - x2 * sin, x2 * cos + x1 * sin), x1 and x2 the halves of a head (RoPE,
+//   half-split form).
 // Source: Su et al. 2021 (arXiv:2104.09864).
 #pragma once
 

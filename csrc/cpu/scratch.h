@@ -1,12 +1,13 @@
-// One growing buffer per thread, kept between calls: a fresh 260 KB buffer would cost more page faults (40 us) than the
-// sampler's own work on a row.
+// One growing buffer per thread, kept between calls: a fresh 260 KB buffer would cost more page
+// faults (40 us) than the sampler's own work on a row.
 #pragma once
 
 #include <cstdint>
 
 namespace steer {
 
-// Hands out the parts of the calling thread's buffer, 64-byte aligned. One Scratch at a time per thread.
+// Hands out the parts of the calling thread's buffer, 64-byte aligned. One Scratch at a time per
+// thread.
 class Scratch {
  public:
   // num_bytes: of all parts together, each rounded up to 64.

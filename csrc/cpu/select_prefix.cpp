@@ -19,9 +19,10 @@ uint32_t order_key(float x) {
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-// The prefix's end by radix selection: the weights are summed per digit of the key, highest digit first, and only the
-// digit in which the sum reaches the target is looked into. Three rounds over at most size members, even if all are
-// equal. (11, 11 and 10 bits: a histogram of 2048 sums is 16 KB and stays in L1.)
+// The prefix's end by radix selection: the weights are summed per digit of the key, highest digit
+// first, and only the digit in which the sum reaches the target is looked into. Three rounds over
+// at most size members, even if all are equal. (11, 11 and 10 bits: a histogram of 2048 sums is 16
+// KB and stays in L1.)
 template <class Weight>
 Boundary find_boundary(const TokenList& list, uint64_t target, int32_t* members, Weight weight) {
   constexpr int kShifts[] = {21, 10, 0};

@@ -3,8 +3,8 @@
 
 namespace steer::STEER_ISA {
 
-// 4 x 1 sums take 8 of 16 registers, the weights of a bf16 pair 4.
-constexpr int kRowTile = 4;
+// 6 x 1 sums, a weight and a broadcast fill 15 of 16 registers.
+constexpr int kRowTile = 6;
 constexpr int kColumnTile = 1;
 
 struct F16 {
@@ -125,19 +125,26 @@ class ExactSum {
   __m256d lower_, upper_;
 };
 
+constexpr int64_t kMinRowsToConvert = 3;
+
 struct Bf16Weights {
   F16 even, odd;
 };
-inline Bf16Weights load_weights(const bf16* p) {
-  const __m256i* halves = reinterpret_cast<const __m256i*>(p);
-  const __m256i lo = _mm256_loadu_si256(halves), hi = _mm256_loadu_si256(halves + 1);
+inline Bf16Weights split_pairs(__m256i lo, __m256i hi) {
   const __m256i upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
   return {{as_float(_mm256_slli_epi32(lo, 16)), as_float(_mm256_slli_epi32(hi, 16))},
           {as_float(_mm256_and_si256(lo, upper)), as_float(_mm256_and_si256(hi, upper))}};
 }
+inline Bf16Weights load_weights(const bf16* p) {
+  const __m256i* halves = reinterpret_cast<const __m256i*>(p);
+  return split_pairs(_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1));
+}
 inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
-  sum = fma(splat(to_float(x_pair[0])), w.even, sum);
-  return fma(splat(to_float(x_pair[1])), w.odd, sum);
+  int32_t pair;
+  std::memcpy(&pair, x_pair, sizeof pair);
+  const __m256i pairs = _mm256_set1_epi32(pair);
+  const Bf16Weights x = split_pairs(pairs, pairs);
+  return fma(x.odd, w.odd, fma(x.even, w.even, sum));
 }
 
 }  // namespace steer::STEER_ISA

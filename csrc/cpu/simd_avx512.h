@@ -25,8 +25,7 @@ inline void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16* p, F16 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   const __m512i upper =
       _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), is_nan, _mm512_set1_epi32(0x7fc0));
@@ -78,6 +77,8 @@ class ExactSum {
 };
 
 #ifdef STEER_HAS_AVX512_BF16
+constexpr int64_t kMinRowsToConvert = kNever;
+
 // The instruction multiplies pairs as they are stored.
 struct Bf16Weights {
   __m512bh pairs;
@@ -89,18 +90,22 @@ inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
   return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(pair), w.pairs)};
 }
 #else
+constexpr int64_t kMinRowsToConvert = 30;
+
 struct Bf16Weights {
   F16 even, odd;
 };
-inline Bf16Weights load_weights(const bf16* p) {
-  const __m512i pairs = _mm512_loadu_si512(p);
+inline Bf16Weights split_pairs(__m512i pairs) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
   return {{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))},
           {_mm512_castsi512_ps(_mm512_and_si512(pairs, upper))}};
 }
+inline Bf16Weights load_weights(const bf16* p) { return split_pairs(_mm512_loadu_si512(p)); }
 inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
-  sum = fma(splat(to_float(x_pair[0])), w.even, sum);
-  return fma(splat(to_float(x_pair[1])), w.odd, sum);
+  int32_t pair;
+  std::memcpy(&pair, x_pair, sizeof pair);
+  const Bf16Weights x = split_pairs(_mm512_set1_epi32(pair));
+  return fma(x.odd, w.odd, fma(x.even, w.even, sum));
 }
 #endif
 

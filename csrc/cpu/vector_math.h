@@ -1,7 +1,11 @@
-// What the kernels share beside single instructions: rows whose length is no multiple of 16, exp2, GELU.
+// What the kernels share beside single instructions: rows whose length is no multiple of 16, exp2,
+// GELU.
 #pragma once
 
 namespace steer::STEER_ISA {
+
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+constexpr float kLog2E = 1.44269504f;  // the sampler's definition names it to these digits
 
 // The first n <= 16 lanes, `fill` in the others; reads nothing behind the n-th value.
 template <class T>
@@ -20,8 +24,9 @@ inline void store(T* p, F16 a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) assign(p[i], lanes[i]);
 }
 
-// 2**f on [-0.5, 0.5], relative error 2e-9 before rounding: the sampler's own polynomial, so every multiplication and
-// addition rounds by itself (kernels/reference/guided_sample.py, EXP2_COEFFICIENTS).
+// 2**f on [-0.5, 0.5], relative error 2e-9 before rounding: the sampler's own polynomial, so every
+// multiplication and addition rounds by itself (kernels/reference/guided_sample.py,
+// EXP2_COEFFICIENTS).
 inline F16 exp2_of_fraction(F16 f) {
   F16 e = splat(0.00015353361959569156f);
   e = e * f + splat(0.0013398875016719103f);
@@ -41,8 +46,9 @@ inline F16 exp2(F16 t) {
 }
 
 // GELU, the erf form: x * Phi(x), Phi(x) = (1 + erf(x / sqrt 2)) / 2.
-// Phi(-u) = exp2(P(u)) for u in [0, 6], P fitted to log2 Phi(-u) with the weight u * Phi(-u); beyond 6 it is below 1e-9
-// and taken as 0. Error of Phi 6e-8 at most (of erf 1.2e-7), of the result 3e-8 * max(1, |x|).
+// Phi(-u) = exp2(P(u)) for u in [0, 6], P fitted to log2 Phi(-u) with the weight u * Phi(-u);
+// beyond 6 it is below 1e-9 and taken as 0. Error of Phi 6e-8 at most (of erf 1.2e-7), of the
+// result 3e-8 * max(1, |x|).
 inline F16 gelu(F16 x) {
   const Mask is_positive = greater(x, splat(0.0f));
   const F16 u = select(is_positive, x, splat(0.0f) - x);

@@ -1,0 +1,5 @@
+"""`python -m steer_engine` is the command line."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,36 @@
+"""The embedded tiny Falcon pair and its real examples; see MODEL_CARD.md beside this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..engine import Engine
+from ..guidance import Guidance
+from ..sampling import SamplingParams
+
+HERE = Path(__file__).parent
+BASE, DOMAIN, REAL = HERE / "base", HERE / "domain", HERE / "astronomy-questions.jsonl"
+PROMPT = "Generate a research question about astronomy:"
+SAMPLING = SamplingParams(top_p=0.9, max_tokens=48, stop=("?",))
+
+# What the demo shows beside STEER: one pass each.
+COMPARED = {
+    "base model alone": Guidance(domain=0.0, base=1.0),
+    "domain model alone": Guidance.none(),
+}
+
+
+def load_pair(**settings) -> Engine:
+    """The embedded base model with its domain adapter. settings: as Engine.from_pretrained."""
+    return Engine.from_pretrained(BASE, DOMAIN, **settings)
+
+
+def demo_request() -> dict[str, Any]:
+    """Arguments of Engine.generate_dataset for the demo, without size and output."""
+    return {
+        "prompt": PROMPT,
+        "real": str(REAL),
+        "guidance": Guidance.recommended(),
+        "sampling": SAMPLING,
+    }

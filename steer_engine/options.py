@@ -1,0 +1,263 @@
+"""The options of a run: one definition serves the command line and YAML run files.
+
+Every option has the name and meaning of a field of the Python API (Engine.from_pretrained,
+Engine.generate_dataset, Guidance, NegativePrompts, SamplingParams); defaults come from there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .engine import EngineConfig
+from .errors import nearest_hint
+from .generation import Convergence
+from .guidance import Guidance
+from .negatives import AS_MANY_AS_FIT, NegativePrompts
+from .sampling import SamplingParams
+
+METHODS = ("steer", "contrastive", "cfg", "none")
+DEFAULT_GAMMA = DEFAULT_ETA = 0.2
+DEFAULT_TOP_P = 0.9
+
+_machine = EngineConfig()
+_sampling = SamplingParams()
+_negatives = NegativePrompts()
+
+
+class UsageError(ValueError):
+    """The options do not make a run; the message names the option."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option. kind: str, int, float, bool, or list (of str). default: None where it is resolved
+    later.
+
+    shown_default: what help says if default is None.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    shown_default: str | None = None
+
+
+OPTIONS = (
+    Option("base", str, None, "Directory of the base model's checkpoint.", "required"),
+    Option(
+        "domain", str, None, "Directory of the domain model: a full fine-tune or a LoRA adapter."
+    ),
+    Option(
+        "real", str, None, "Real examples for the negative prompts: .jsonl, .csv, .parquet, .txt."
+    ),
+    Option("prompt", str, None, "The instruction that every example continues.", "required"),
+    Option("prompts", str, None, "YAML or JSON file {label: instruction}, in place of --prompt."),
+    Option("num_examples", int, None, "Size of the data set.", "required"),
+    Option("output", str, None, "Run directory.", "required"),
+    Option("resume", bool, True, "Go on with a run that the directory holds."),
+    Option("seed", int, 0, "Seed of every random choice."),
+    Option("method", str, None, f"How to decode: {', '.join(METHODS)}.", "steer with --domain"),
+    Option("gamma", float, None, "Strength of contrastive expert guidance.", f"{DEFAULT_GAMMA}"),
+    Option("eta", float, None, "Strength of negative prompting (method steer).", f"{DEFAULT_ETA}"),
+    Option("form", str, "released", "Form of STEER: paper or released."),
+    Option("scale", float, None, "Scale of classifier-free guidance (method cfg).", "1.5"),
+    Option("alpha", float, 0.0, "Plausibility cut; 0 is off."),
+    Option("normalize", bool, False, "Divide the weights by their sum."),
+    Option("num_negatives", str, str(_negatives.num_examples), "Negative examples, or max."),
+    Option("template", str, _negatives.template, "Layout of the negative prompt."),
+    Option("separator", str, _negatives.separator, "Stands between negative examples."),
+    Option(
+        "lag", int, None, "How far behind a synthetic example becomes a negative.", "max-num-seqs"
+    ),
+    Option("share", int, _negatives.share, "Consecutive examples that share their negatives."),
+    Option("negative_max_tokens", int, None, "Longest negative prompt.", "what the context leaves"),
+    Option(
+        "temperature", float, _sampling.temperature, "Divides the combined logits; 0 is greedy."
+    ),
+    Option("top_p", float, DEFAULT_TOP_P, "Mass of the nucleus."),
+    Option("top_k", int, _sampling.top_k, "Tokens kept before top-p; 0 is off."),
+    Option("max_tokens", int, _sampling.max_tokens, "Longest example in tokens."),
+    Option("min_tokens", int, _sampling.min_tokens, "No example ends before so many tokens."),
+    Option("stop", list, None, "A string that ends an example; may be repeated.", "none"),
+    Option("stop_token_ids", str, None, "Token ids that end an example, comma-separated.", "none"),
+    Option("ignore_eos", bool, _sampling.ignore_eos, "Go on after the end-of-text token."),
+    Option("include_stop", bool, _sampling.include_stop, "Keep the stop string in the text."),
+    Option("max_attempts", int, 10, "Draws per example, if the sampler fails on it."),
+    Option("until", float, None, "Stop once new 3-grams fall below this share.", "off"),
+    Option("until_window", int, Convergence(0.0).window, "Examples over which --until looks."),
+    Option("max_num_seqs", int, _machine.max_num_seqs, "Sequences that run side by side."),
+    Option("max_model_len", int, None, "Longest prompt plus example.", "the model's context"),
+    Option("kv_cache_gib", float, None, "Size of the KV cache.", "as needed, within free memory"),
+    Option("device", str, _machine.device, "auto, cpu, cuda or cuda:N."),
+    Option("dtype", str, _machine.dtype, "auto, float32 or bfloat16."),
+    Option("backend", str, _machine.backend, "auto, reference or cpu."),
+    Option("progress", bool, True, "Show a progress bar."),
+)
+BY_NAME = {option.name: option for option in OPTIONS}
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """Options from a YAML run file. UsageError for unknown names (with the nearest known one) and
+    wrong types.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: must hold a mapping of options")
+    values = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in BY_NAME:
+            raise UsageError(f"{path}: unknown option {key!r}{nearest_hint(name, BY_NAME)}")
+        values[name] = _checked(BY_NAME[name], value, path)
+    return values
+
+
+def _checked(option: Option, value: Any, path: Path) -> Any:
+    if value is None:
+        return None
+    if option.name == "prompts" and isinstance(value, dict):
+        return value
+    if option.name in ("num_negatives", "stop_token_ids"):
+        value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if option.kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if option.kind is list:
+        value = [value] if isinstance(value, str) else value
+    is_bool_for_number = isinstance(value, bool) and option.kind is not bool
+    if not isinstance(value, option.kind) or is_bool_for_number:
+        raise UsageError(
+            f"{path}: {option.name} must be of type {option.kind.__name__}, got {value!r}"
+        )
+    return value
+
+
+def complete(given: dict[str, Any], from_file: dict[str, Any]) -> dict[str, Any]:
+    """Every option's value: the command line's, else the run file's, else the default."""
+    values = {}
+    for option in OPTIONS:
+        chosen = given.get(option.name)
+        if chosen is None or chosen == []:
+            chosen = from_file.get(option.name)
+        values[option.name] = option.default if chosen is None else chosen
+    return values
+
+
+def required(values: dict[str, Any], *names: str) -> None:
+    """UsageError for the first of the options that is missing."""
+    for name in names:
+        if values[name] is None:
+            raise UsageError(f"{flag(name)} is required")
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of an option."""
+    return "--" + name.replace("_", "-")
+
+
+def build_prompts(values: dict[str, Any]) -> str | dict[str, str]:
+    """The prompt, or {label: prompt}. UsageError unless exactly one of --prompt and --prompts is
+    given.
+    """
+    if (values["prompt"] is None) == (values["prompts"] is None):
+        raise UsageError("give either --prompt TEXT or --prompts FILE")
+    if values["prompt"] is not None:
+        return values["prompt"]
+    prompts = values["prompts"]
+    if isinstance(prompts, str):
+        path = Path(prompts)
+        try:
+            prompts = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"{path}: cannot be read as YAML ({' '.join(str(error).split())})"
+            ) from None
+    is_mapping = isinstance(prompts, dict) and prompts
+    if not is_mapping or not all(isinstance(text, str) for text in prompts.values()):
+        raise UsageError("--prompts must hold a mapping {label: instruction}")
+    return {str(label): text for label, text in prompts.items()}
+
+
+def build_guidance(values: dict[str, Any]) -> Guidance:
+    """The guidance of method, gamma, eta, form, scale and alpha. UsageError where they do not go
+    together.
+    """
+    has_domain = values["domain"] is not None
+    method = values["method"] or ("steer" if has_domain else "none")
+    if method not in METHODS:
+        raise UsageError(
+            f"--method must be one of {', '.join(METHODS)}, got "
+            f"{method!r}{nearest_hint(method, METHODS)}"
+        )
+    used = {"steer": ("gamma", "eta"), "contrastive": ("gamma",), "cfg": ("scale",), "none": ()}
+    for name in ("gamma", "eta", "scale"):
+        if values[name] is not None and name not in used[method]:
+            reason = "" if has_domain else ", which is the default without --domain"
+            raise UsageError(f"{flag(name)} has no meaning with method {method}{reason}")
+    if method in ("steer", "contrastive") and not has_domain:
+        raise UsageError(f"method {method} needs --domain beside --base")
+    gamma = DEFAULT_GAMMA if values["gamma"] is None else values["gamma"]
+    eta = DEFAULT_ETA if values["eta"] is None else values["eta"]
+    alpha = values["alpha"]
+    if method == "steer":
+        guidance = Guidance.steer(gamma, eta, form=values["form"], alpha=alpha)
+    elif method == "contrastive":
+        guidance = Guidance.contrastive(gamma, alpha=alpha)
+    elif method == "cfg":
+        scale = 1.5 if values["scale"] is None else values["scale"]
+        guidance = Guidance.cfg(scale, alpha=alpha)
+    else:
+        guidance = Guidance(alpha=alpha)
+    return guidance.normalized() if values["normalize"] else guidance
+
+
+def build_negatives(values: dict[str, Any]) -> NegativePrompts:
+    """NegativePrompts of the options."""
+    num_negatives = values["num_negatives"]
+    if num_negatives != AS_MANY_AS_FIT:
+        try:
+            num_negatives = int(num_negatives)
+        except ValueError:
+            raise UsageError(
+                f"--num-negatives must be an int or max, got {num_negatives!r}"
+            ) from None
+    return NegativePrompts(
+        num_examples=num_negatives,
+        template=values["template"],
+        separator=values["separator"],
+        lag=values["lag"],
+        share=values["share"],
+        max_tokens=values["negative_max_tokens"],
+    )
+
+
+def build_sampling(values: dict[str, Any]) -> SamplingParams:
+    """SamplingParams of the options."""
+    ids = values["stop_token_ids"] or ""
+    try:
+        stop_token_ids = tuple(int(i) for i in ids.split(",") if i.strip())
+    except ValueError:
+        raise UsageError(f"--stop-token-ids must be ints with commas, got {ids!r}") from None
+    names = ("temperature", "top_p", "top_k", "max_tokens", "min_tokens")
+    names += ("ignore_eos", "include_stop")
+    return SamplingParams(
+        **{name: values[name] for name in names},
+        stop=tuple(values["stop"] or ()),
+        stop_token_ids=stop_token_ids,
+    )
+
+
+def build_until(values: dict[str, Any]) -> Convergence | None:
+    """The convergence rule, or None."""
+    if values["until"] is None:
+        return None
+    return Convergence(values["until"], values["until_window"])
