@@ -70,7 +70,8 @@ class CMakeBuild(build_ext):
         try:
             self.run_cmake(Path(self.get_ext_fullpath(ext.name)).resolve().parent)
         except (MissingTool, subprocess.CalledProcessError) as error:
-            reason = f"no {error}" if isinstance(error, MissingTool) else f"CMake failed: {error}"
+            is_missing = isinstance(error, MissingTool)
+            reason = f"no {error}" if is_missing else "CMake failed, see its messages above"
             if CSRC_MODE == "ON":
                 raise SystemExit(f"STEER_CSRC=ON, but csrc cannot be built: {reason}") from error
             message = f"steer_engine: csrc is left out, PyTorch serves instead: {reason}"

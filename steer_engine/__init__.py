@@ -5,10 +5,11 @@ Start with `Engine.from_pretrained(...)` and `Engine.generate_dataset(...)`.
 """
 
 from .dataset import Example, SyntheticDataset
-from .engine import Completion, Engine, EngineConfig
+from .engine import Completion, Engine
 from .errors import CapacityError, CheckpointError, DataError, RunError, SteerError
 from .generation import Convergence
 from .guidance import Guidance
+from .machine import EngineConfig
 from .negatives import NegativePrompts
 from .sampling import SamplingParams
 

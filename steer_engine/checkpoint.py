@@ -24,7 +24,9 @@ import torch
 from .config import FalconConfig, read_json_object
 from .errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# Falcon-180B's header is below 200 kB; the format's own limit of 100 MB would let a crafted file
+# take a gigabyte to parse.
+MAX_HEADER_BYTES = 4_000_000
 MAX_NUM_TENSORS = 20_000
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -110,8 +112,9 @@ class Checkpoint:
             raise CheckpointError(
                 f"{directory}: no such directory; give a Hugging Face checkpoint's"
             )
-        self.config = FalconConfig.from_directory(self.directory)
+        # First, because a folder of another format often lacks config.json too.
         self.weight_files = find_weight_files(self.directory)
+        self.config = FalconConfig.from_directory(self.directory)
         self.tensors = {
             name: info
             for name, info in read_headers(self.directory, self.weight_files).items()
@@ -224,13 +227,15 @@ def find_weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in name order; CheckpointError names the way out for
     other formats.
     """
+    # Before the index, as transformers does: a fine-tune may be saved over a sharded base.
+    if (directory / SINGLE_NAME).exists():
+        return [checked_shard(directory, SINGLE_NAME)]
     if (directory / INDEX_NAME).exists():
         weight_map = read_weight_map(directory / INDEX_NAME)
         return [checked_shard(directory, name) for name in sorted(set(weight_map.values()))]
-    if (directory / SINGLE_NAME).exists():
-        return [checked_shard(directory, SINGLE_NAME)]
     names = {p.name for p in directory.iterdir()}
-    if any(n.endswith(".distcp") for n in names):
+    adapters = sorted(p.parent.name for p in directory.glob("*/adapter_config.json"))
+    if any(n.endswith(".distcp") or n.startswith("pytorch_model_fsdp") for n in names):
         remedy = "an unmerged FSDP checkpoint; merge it with `accelerate merge-weights`"
     elif "zero_to_fp32.py" in names or any(n.startswith("global_step") for n in names):
         remedy = "an unmerged DeepSpeed checkpoint; merge it with its zero_to_fp32.py"
@@ -242,6 +247,8 @@ def find_weight_files(directory: Path) -> list[Path]:
         )
     elif "adapter_config.json" in names:
         remedy = "a LoRA adapter; pass it as domain, together with its base"
+    elif adapters:
+        remedy = f"adapters in subfolders ({', '.join(adapters)}); pass one of them as domain"
     else:
         remedy = f"neither {SINGLE_NAME} nor {INDEX_NAME}"
     raise CheckpointError(f"{directory}: holds {remedy}")
@@ -270,8 +277,8 @@ def checked_shard(directory: Path, name: str) -> Path:
             f"{path}: no such file, though the checkpoint names it; download it again"
         )
     root = directory.resolve()
-    # The hub cache keeps snapshots/REVISION/* as links to ../../blobs/*.
-    hub_blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    # The hub cache keeps snapshots/REVISION/** as links to REPOSITORY/blobs/*.
+    hub_blobs = next((p.parent / "blobs" for p in root.parents if p.name == "snapshots"), root)
     target = path.resolve()
     if not (target.is_relative_to(root) or target.is_relative_to(hub_blobs)):
         raise CheckpointError(
@@ -302,18 +309,21 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Parse and check one safetensors header without reading weights.
 
     The safetensors library checks lengths, offsets, holes and overlaps; what it accepts and this
-    engine does not (repeated names, absurd counts, other dtypes) is checked here.
+    engine does not (long headers, repeated names, absurd counts, other dtypes) is checked here.
     """
     try:
-        with safetensors.safe_open(path, framework="pt"):
-            pass
         with open(path, "rb") as file:
             (header_len,) = struct.unpack("<Q", file.read(8))
             if header_len > MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{path}: header of {header_len} bytes is over the format's limit"
+                    f"{path}: damaged or not safetensors (header of {header_len} bytes, "
+                    f"{MAX_HEADER_BYTES} are read)"
                 )
             header = json.loads(file.read(header_len), object_pairs_hook=_unique_names)
+        if isinstance(header, dict) and len(header) > MAX_NUM_TENSORS + ("__metadata__" in header):
+            raise CheckpointError(f"{path}: {len(header)} tensors, more than any Falcon has")
+        with safetensors.safe_open(path, framework="pt"):
+            pass
     except CheckpointError:
         raise
     except (
@@ -323,12 +333,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         RecursionError,
         struct.error,
     ) as error:
+        # The library quotes what it could not parse, however long.
+        reason = str(error) if len(str(error)) < 300 else f"{str(error)[:300]}..."
         raise CheckpointError(
-            f"{path}: damaged or not safetensors ({error}); download it again"
+            f"{path}: damaged or not safetensors ({reason}); download it again"
         ) from None
     header.pop("__metadata__", None)
-    if len(header) > MAX_NUM_TENSORS:
-        raise CheckpointError(f"{path}: {len(header)} tensors, more than any Falcon has")
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
@@ -357,18 +367,18 @@ def read_tensor(name: str, info: TensorInfo) -> torch.Tensor:
     """
     if math.prod(info.shape) == 0:
         return torch.empty(info.shape, dtype=info.dtype)
-    with open(info.path, "rb") as file:
-        start = info.begin - info.begin % mmap.ALLOCATIONGRANULARITY
-        try:
+    start = info.begin - info.begin % mmap.ALLOCATIONGRANULARITY
+    try:
+        with open(info.path, "rb") as file:
             mapped = mmap.mmap(
                 file.fileno(), info.end - start, offset=start, access=mmap.ACCESS_READ
             )
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{info.path}: {name} cannot be mapped ({error})") from None
-        with mapped, memoryview(mapped) as view, view[info.begin - start :] as part:
-            # Copied as bytes: a tensor may start at any address, and clone() owns aligned memory.
-            owned = torch.empty(info.end - info.begin, dtype=torch.uint8)
-            memoryview(owned.numpy())[:] = part
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{info.path}: {name} cannot be mapped ({error})") from None
+    with mapped, memoryview(mapped) as view, view[info.begin - start :] as part:
+        # Copied as bytes: a tensor may start at any address, and clone() owns aligned memory.
+        owned = torch.empty(info.end - info.begin, dtype=torch.uint8)
+        memoryview(owned.numpy())[:] = part
     tensor = owned.view(info.dtype).view(info.shape)
     low, high = torch.aminmax(tensor)
     if not bool(torch.isfinite(low) & torch.isfinite(high)):

@@ -23,9 +23,9 @@ from rich.table import Table
 
 from . import embedded, ops
 from .dataset import SyntheticDataset
-from .engine import Engine, has_fast_bf16
+from .engine import Engine
 from .errors import SteerError
-from .memory import available_bytes
+from .machine import available_bytes, has_fast_bf16
 from .options import (
     OPTIONS,
     build_guidance,

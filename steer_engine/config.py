@@ -10,7 +10,9 @@ from pathlib import Path
 from .errors import CheckpointError
 
 MAX_CONFIG_BYTES = 10_000_000
-MAX_NUM_LAYERS = 1000  # Falcon-180B has 80; bounds what is built from a config before files are read
+MAX_NUM_LAYERS = (
+    1000  # Falcon-180B has 80; bounds what is built from a config before files are read
+)
 MODEL_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
 
 
@@ -135,7 +137,7 @@ class FalconConfig:
             has_bias=bool(values.get("bias", False)),
             layer_norm_epsilon=_positive_number(values, "layer_norm_epsilon", 1e-5, where),
             rope_theta=_positive_number(
-                (values.get("rope_parameters") or {}) | values, "rope_theta", 10000.0, where
+                values | (values.get("rope_parameters") or {}), "rope_theta", 10000.0, where
             ),
             max_position_embeddings=size("max_position_embeddings", default=2048),
             ties_word_embeddings=bool(values.get("tie_word_embeddings", True)),

@@ -101,9 +101,21 @@ class SyntheticDataset(Sequence[Example]):
         if not path.is_file():
             raise RunError(f"{run_dir}: no examples.jsonl; give a run directory")
         examples, _ = parse_examples(path)
-        summary_path = run_dir / "summary.json"
-        summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
-        return cls(examples, summary)
+        return cls(examples, read_summary(run_dir))
+
+
+def read_summary(run_dir: Path) -> dict:
+    """summary.json of a run; {} where there is none yet. Raises RunError if it is damaged."""
+    path = run_dir / "summary.json"
+    if not path.exists():
+        return {}
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict):
+        raise RunError(f"{path}: damaged; delete it and resume the run")
+    return summary
 
 
 def parse_examples(path: Path) -> tuple[list[Example], int]:
@@ -145,12 +157,14 @@ def read_texts(source: str | Path | Sequence[str] | None) -> list[str]:
         name = str(source)
     else:
         texts, name = list(source), "real"
-        wrong = next((t for t in texts if not isinstance(t, str)), None)
-        if wrong is not None:
-            raise DataError(f"real must hold strings, got a {type(wrong).__name__}")
+        for text in texts:
+            if not isinstance(text, str):
+                raise DataError(f"real must hold strings, got a {type(text).__name__}")
     for number, text in enumerate(texts, start=1):
         if not is_unicode(text):
-            raise DataError(f"{name}: text {number} holds a lone surrogate, which no UTF-8 text can")
+            raise DataError(
+                f"{name}: text {number} holds a lone surrogate, which no UTF-8 text can"
+            )
     stripped = [text.strip() for text in texts if text.strip()]
     if not stripped:
         raise DataError(f"{name}: holds no text")
@@ -187,12 +201,13 @@ def _read_file(path: Path) -> Iterator[str]:
 
 
 def _read_txt(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    # utf-8-sig: some editors and Excel put a byte-order mark in front.
+    with open(path, encoding="utf-8-sig") as file:
         yield from file
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -204,9 +219,13 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 
 
 def _read_csv(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8", newline="") as file:
-        for number, record in enumerate(csv.DictReader(file), start=2):
-            yield _text_of(record, f"{path}: line {number}")
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for record in reader:
+                yield _text_of(record, f"{path}: line {reader.line_num}")
+        except csv.Error as error:
+            raise DataError(f"{path}: line {reader.line_num} is not CSV ({error})") from None
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
@@ -220,14 +239,18 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 def _text_of(record: object, where: str) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get(TEXT_FIELD), str):
+    if not isinstance(record, dict) or TEXT_FIELD not in record:
         names = [str(n) for n in record] if isinstance(record, dict) else []
         found = f"fields {', '.join(names)}" if names else "no fields"
         raise DataError(
             f'{where}: needs a string field "{TEXT_FIELD}", has '
             f"{found}{nearest_hint(TEXT_FIELD, names)}"
         )
-    return record[TEXT_FIELD]
+    text = record[TEXT_FIELD]
+    if not isinstance(text, str):
+        kind = "nothing" if text is None else f"a {type(text).__name__}"
+        raise DataError(f'{where}: field "{TEXT_FIELD}" must be a string, got {kind}')
+    return text
 
 
 def _import_extra(module: str):

@@ -7,117 +7,28 @@ drawn from the combined logits.
 
 from __future__ import annotations
 
-import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from . import ops
-from .checkpoint import Checkpoint
-from .config import FalconConfig
+from . import ops, sampler
 from .dataset import SyntheticDataset, is_unicode
-from .errors import CapacityError, CheckpointError, check_number
+from .errors import CapacityError
 from .generation import Convergence, DatasetRequest, DatasetRun
 from .guidance import Guidance, PassKind
 from .kv_cache import KVCache
-from .lora import LoraAdapter, is_adapter
-from .memory import available_bytes
+from .machine import BLOCK_SIZE, DTYPES, EngineConfig, num_cache_blocks
 from .model import ModelLoader
 from .negatives import NegativePrompts
+from .pair import ModelPair
 from .sampling import SamplingParams
 from .scheduler import DecodeRows, Scheduler
-from .sequence import DecodingSequence
-from .tokenizer import Tokenizer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BLOCK_SIZE = 64  # tokens per cache page; the GPU attention kernel's tile
-CPU_CACHE_SHARE = 0.4  # of the memory that is available once the weights are loaded
-CUDA_CACHE_SHARE = 0.9
-logger = logging.getLogger(__name__)
+from .sequence import FINISH_LENGTH, DecodingSequence
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """The machine's side of a run. "auto" and None are resolved once, by `resolve`.
-
-    Attributes:
-        device: "cpu", "cuda", "cuda:1" or "auto".
-        dtype: "float32", "bfloat16" or "auto" (bf16 where it is fast).
-        backend: "reference", "cpu" or "auto".    max_num_seqs: sequences that run side by side.
-        max_model_len: longest prompt plus completion, in tokens; None: what the model was trained
-            for.
-        kv_cache_gib: size of the KV cache; None: enough for max_num_seqs sequences of max_model_len
-            with three passes, within 40 % of the free memory (90 % on a GPU).
-        max_prefill_tokens: prompt tokens per forward.
-    """
-
-    device: str = "auto"
-    dtype: str = "auto"
-    backend: str = "auto"
-    max_num_seqs: int = 64
-    max_model_len: int | None = None
-    kv_cache_gib: float | None = None
-    max_prefill_tokens: int = 512
-
-    def __post_init__(self):
-        check_number("max_num_seqs", self.max_num_seqs, low=1, is_int=True)
-        check_number("max_prefill_tokens", self.max_prefill_tokens, low=1, is_int=True)
-        if self.max_model_len is not None:
-            check_number("max_model_len", self.max_model_len, low=2, is_int=True)
-        if self.kv_cache_gib is not None:
-            check_number("kv_cache_gib", self.kv_cache_gib, low=0.0, low_is_open=True)
-        if self.dtype not in ("auto", *DTYPES):
-            raise ValueError(f"dtype must be auto, {' or '.join(DTYPES)}, got {self.dtype!r}")
-
-    def resolve(self, model: FalconConfig) -> EngineConfig:
-        """The same configuration without "auto" and None, except for kv_cache_gib, which needs the
-        loaded weights.
-        """
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"device {name} is not available: this torch sees no CUDA GPU; use cpu"
-            )
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-        dtype = self.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if has_fast_bf16(device) else "float32"
-        max_model_len = self.max_model_len or model.max_position_embeddings
-        # Alibi extrapolates; rotary positions beyond the trained context give text that looks fine
-        # and is not.
-        if max_model_len > model.max_position_embeddings and not model.uses_alibi:
-            raise ValueError(
-                f"max_model_len {max_model_len} is over the model's context of "
-                f"{model.max_position_embeddings} tokens"
-            )
-        return replace(
-            self,
-            device=str(device),
-            dtype=dtype,
-            backend=ops.resolve_backend(self.backend, device),
-            max_model_len=max_model_len,
-        )
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 have hardware support."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @dataclass(frozen=True)
@@ -136,16 +47,6 @@ class Completion:
     logprobs: list[float]
 
 
-class SamplerTensors(NamedTuple):
-    """Per-sequence arguments of ops.guided_sample for one step; shapes as there."""
-
-    weights: torch.Tensor
-    temperature: torch.Tensor
-    top_p: torch.Tensor
-    top_k: torch.Tensor
-    alpha: torch.Tensor
-
-
 class Engine:
     """A loaded base model, an optional domain model, and a KV cache. Create it with
     `Engine.from_pretrained`.
@@ -154,32 +55,25 @@ class Engine:
     Not thread-safe: one call at a time.
     """
 
-    def __init__(
-        self,
-        base: Checkpoint,
-        domain: Checkpoint | LoraAdapter | None,
-        tokenizer: Tokenizer,
-        config: EngineConfig,
-    ):
-        self.config = config.resolve(base.config)
-        self.model_config = base.config
-        self.tokenizer = tokenizer
-        self.has_domain = domain is not None
-        self._checkpoints = {"base": base, "domain": domain}
-        self.eos_token_ids = base.config.eos_token_ids
-        if isinstance(domain, Checkpoint):
-            self.eos_token_ids = domain.config.eos_token_ids
+    def __init__(self, pair: ModelPair, config: EngineConfig):
+        self.config = config.resolve(pair.base.config)
+        self.model_config = pair.base.config
+        self.tokenizer = pair.tokenizer
+        self.eos_token_ids = pair.eos_token_ids
+        self.has_domain = pair.domain is not None
+        self._pair = pair
         device, dtype = torch.device(self.config.device), DTYPES[self.config.dtype]
-        loader = ModelLoader(base, domain, ops.implementation(self.config.backend), dtype, device)
+        loader = ModelLoader(
+            pair.base, pair.domain, ops.implementation(self.config.backend), dtype, device
+        )
         try:
             self.model = loader.load(self.config.max_model_len)
-            num_blocks = self._num_cache_blocks(device, dtype)
-            self.kv_cache = KVCache(base.config, num_blocks, BLOCK_SIZE, dtype, device)
+            num_blocks = num_cache_blocks(self.config, self.model_config)
+            self.kv_cache = KVCache(self.model_config, num_blocks, BLOCK_SIZE, dtype, device)
         except (MemoryError, torch.OutOfMemoryError):
             raise CapacityError(
                 f"out of memory while loading on {device}: set a smaller dtype, kv_cache_gib or "
-                "max_num_seqs, "
-                "or pass a LoRA adapter instead of a full fine-tune"
+                "max_num_seqs, or pass a LoRA adapter instead of a full fine-tune"
             ) from None
         self.scheduler = Scheduler(self.kv_cache, self.config.max_num_seqs)
 
@@ -200,35 +94,15 @@ class Engine:
 
         Args:
             base: directory of the model before fine-tuning.
-            domain: directory of a full fine-tune or of a PEFT LoRA
-            adapter for base; None: plain decoding of base.    The others: see EngineConfig.
+            domain: directory of a full fine-tune or of a PEFT LoRA adapter for base; None: plain
+                decoding of base.
+            The others: see EngineConfig.
         Raises: CheckpointError for everything that does not fit, found from headers before weights
             are read; CapacityError if memory does not suffice; ValueError for arguments out of
             range.
         """
         config = EngineConfig(device, dtype, backend, max_num_seqs, max_model_len, kv_cache_gib)
-        base_checkpoint = Checkpoint(base)
-        config.resolve(
-            base_checkpoint.config
-        )  # bad arguments surface before anything large is read
-        tokenizer = Tokenizer(Path(base))
-        check_vocabulary(tokenizer, base_checkpoint.config, Path(base))
-        domain_checkpoint: Checkpoint | LoraAdapter | None = None
-        if domain is not None:
-            directory = Path(domain)
-            if not directory.is_dir():
-                raise CheckpointError(
-                    f"{domain}: no such directory; give a checkpoint's or an adapter's"
-                )
-            if is_adapter(directory):
-                domain_checkpoint = LoraAdapter.open(directory, base_checkpoint.config)
-            else:
-                domain_checkpoint = Checkpoint(directory)
-                check_same_architecture(base_checkpoint, domain_checkpoint)
-            # TRL and PEFT save a tokenizer beside an adapter too.
-            if (directory / "tokenizer.json").exists() or not is_adapter(directory):
-                tokenizer.check_same(Tokenizer(directory))
-        return cls(base_checkpoint, domain_checkpoint, tokenizer, config)
+        return cls(ModelPair.open(base, domain), config)
 
     def generate(
         self,
@@ -243,10 +117,11 @@ class Engine:
 
         Args:
             prompts: strings or lists of token ids.
-            negative_prompts: per prompt, the whole text in front of which
-            the sequence continues in the negative pass.
-            guidance: None: Guidance.recommended() if there is a domain
-            model and negative_prompts are given, else Guidance.none().    seed: int in [0, 2**64).
+            negative_prompts: per prompt, the whole text in front of which the sequence continues
+                in the negative pass.
+            guidance: None: Guidance.recommended() if there is a domain model and negative_prompts
+                are given, else Guidance.none().
+            seed: int in [0, 2**64).
         Returns: completions in the order of the prompts; sequence i draws from stream i of the
             seed.
         Raises: ValueError for arguments that do not fit; CapacityError if a prompt can never fit
@@ -278,10 +153,10 @@ class Engine:
         # One token is looked at, so a prompt may fill the context but for that token.
         first = replace(sampling, max_tokens=1, min_tokens=min(1, sampling.min_tokens))
         sequences = self._sequences(prompts, negative_prompts, guidance, first, seed=0)
-        rows = []
-        for logits, tensors in self._first_logits(sequences):
-            rows.append(ops.guided_probs(logits, tensors.weights, **_distribution(tensors)).cpu())
-        return self._joined(rows)
+        return self._joined(
+            sampler.next_token_probs(logits, self.scheduler.running, rows.passes).cpu()
+            for logits, rows in self._first_logits(sequences)
+        )
 
     def logits(self, prompts: Sequence[Prompt], which: str = "domain") -> torch.Tensor:
         """One model's raw logits behind each prompt: float32 [num_prompts, vocab_size] on the CPU.
@@ -295,7 +170,7 @@ class Engine:
         only = [float(kind is k) for k in PassKind]
         first = SamplingParams(max_tokens=1)
         sequences = self._sequences(prompts, None, Guidance(*only), first, seed=0)
-        return self._joined([logits[-1].cpu() for logits, _ in self._first_logits(sequences)])
+        return self._joined(logits[-1].cpu() for logits, _ in self._first_logits(sequences))
 
     def generate_dataset(
         self,
@@ -357,7 +232,7 @@ class Engine:
 
     def sha256(self) -> dict[str, dict[str, str]]:
         """SHA-256 of every checkpoint file: {"base": {file name: digest}, "domain": ...}."""
-        return {name: c.sha256() for name, c in self._checkpoints.items() if c is not None}
+        return self._pair.sha256()
 
     def describe(self) -> dict[str, object]:
         """Settings that the generated bytes depend on, for run.json."""
@@ -387,17 +262,15 @@ class Engine:
             if length > self.config.max_model_len:
                 raise ValueError(
                     f"prompt {key} ({running_pass.kind.name.lower()} pass) has "
-                    f"{len(running_pass.prompt_ids)} tokens; "
-                    f"with max_tokens {sampling.max_tokens} it passes max_model_len "
-                    f"{self.config.max_model_len}: "
+                    f"{len(running_pass.prompt_ids)} tokens; with max_tokens "
+                    f"{sampling.max_tokens} it passes max_model_len {self.config.max_model_len}: "
                     "shorten the prompt or lower max_tokens"
                 )
         needed, total = self.scheduler.blocks_needed(sequence), self.kv_cache.num_blocks
         if needed > total:
             raise CapacityError(
                 f"prompt {key} needs {needed} KV-cache blocks of {BLOCK_SIZE} tokens, the cache "
-                f"has {total}: "
-                "raise kv_cache_gib, or lower max_tokens or the number of negatives"
+                f"has {total}: raise kv_cache_gib, or lower max_tokens or the number of negatives"
             )
         return sequence
 
@@ -437,15 +310,8 @@ class Engine:
         rows = self.scheduler.decode_rows()
         logits = self._logits(rows)
         running = self.scheduler.running
-        tensors = self._sampler_tensors(running, rows.passes)
-        ban_endings(logits, tensors.weights, running)
-        sampled = ops.implementation(self.config.backend).guided_sample(
-            logits,
-            tensors.weights,
-            **_distribution(tensors),
-            seed=seed,
-            stream_ids=self._tensor([s.stream_id for s in running], np.int64),
-            steps=self._tensor([s.step for s in running], np.int32),
+        sampled = sampler.draw_tokens(
+            logits, running, rows.passes, seed=seed, backend=self.config.backend
         )
         drawn = (t.tolist() for t in sampled)
         for sequence, *token in zip(running, *drawn, strict=True):
@@ -473,20 +339,19 @@ class Engine:
 
     def _first_logits(
         self, sequences: list[DecodingSequence]
-    ) -> Iterator[tuple[torch.Tensor, SamplerTensors]]:
-        """Logits behind the prompts, in order, as many sequences at a time as fit."""
+    ) -> Iterator[tuple[torch.Tensor, DecodeRows]]:
+        """Logits behind the prompts, in order, as many sequences at a time as fit.
+
+        While one is handled, `scheduler.running` holds its sequences.
+        """
         self.scheduler.waiting.extend(sequences)
         try:
             while self.scheduler.waiting:
                 self._prefill(self.scheduler.admit())
                 rows = self.scheduler.decode_rows()
-                running = self.scheduler.running
-                tensors = self._sampler_tensors(running, rows.passes)
-                logits = self._logits(rows)
-                ban_endings(logits, tensors.weights, running)
-                yield logits, tensors
-                for sequence in running:
-                    sequence.finish_reason = "length"
+                yield self._logits(rows), rows
+                for sequence in self.scheduler.running:
+                    sequence.finish_reason = FINISH_LENGTH
                 self.scheduler.retire()
         finally:
             self.scheduler.reset()
@@ -528,108 +393,15 @@ class Engine:
         if guidance.base != 0 and not self.has_domain:
             raise ValueError(
                 f"guidance gives the base model weight {guidance.base:g} beside a domain model, "
-                "but the engine was "
-                "loaded without one; pass domain=, or use Guidance.none() or Guidance.cfg(...)"
+                "but the engine was loaded without one; pass domain=, or use Guidance.none() or "
+                "Guidance.cfg(...)"
             )
 
-    def _sampler_tensors(
-        self, running: list[DecodingSequence], passes: list[PassKind]
-    ) -> SamplerTensors:
-        return SamplerTensors(
-            weights=self._tensor(
-                [[s.guidance.weights[kind] for s in running] for kind in passes], np.float32
-            ),
-            temperature=self._tensor([s.sampling.temperature for s in running], np.float32),
-            top_p=self._tensor([s.sampling.top_p for s in running], np.float32),
-            top_k=self._tensor([s.sampling.top_k for s in running], np.int32),
-            alpha=self._tensor([s.guidance.alpha for s in running], np.float32),
-        )
-
-    def _tensor(self, values, dtype) -> torch.Tensor:
-        return torch.from_numpy(np.array(values, dtype=dtype)).to(self.model.device)
-
-    def _joined(self, rows: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat(rows) if rows else torch.empty(0, self.model_config.vocab_size)
-
-    def _num_cache_blocks(self, device: torch.device, dtype: torch.dtype) -> int:
-        model = self.model_config
-        block_bytes = 2 * model.num_layers * BLOCK_SIZE * model.num_kv_heads * model.head_dim
-        block_bytes *= dtype.itemsize
-        blocks_per_pass = -(-self.config.max_model_len // BLOCK_SIZE)
-        if self.config.kv_cache_gib is not None:
-            num_blocks = int(self.config.kv_cache_gib * 2**30) // block_bytes
-        else:
-            share = CUDA_CACHE_SHARE if device.type == "cuda" else CPU_CACHE_SHARE
-            affordable = int(available_bytes(device) * share) // block_bytes
-            wanted = self.config.max_num_seqs * len(PassKind) * blocks_per_pass
-            num_blocks = min(wanted, affordable)
-        if num_blocks < 1:
-            raise CapacityError(
-                f"the KV cache holds no block of {BLOCK_SIZE} tokens ({block_bytes / 2**20:.1f} "
-                "MiB): raise "
-                "kv_cache_gib or free memory"
-            )
-        logger.info(
-            "KV cache: %d blocks of %d tokens, %.2f GiB",
-            num_blocks,
-            BLOCK_SIZE,
-            num_blocks * block_bytes / 2**30,
-        )
-        return num_blocks
-
-
-def _distribution(tensors: SamplerTensors) -> dict[str, torch.Tensor]:
-    return {name: getattr(tensors, name) for name in ("temperature", "top_p", "top_k", "alpha")}
-
-
-@torch.inference_mode()
-def ban_endings(
-    logits: torch.Tensor, weights: torch.Tensor, running: Sequence[DecodingSequence]
-) -> None:
-    """Make the tokens that would end a sequence before min_tokens impossible, in place.
-
-    logits: [num_passes, num_seqs, vocab_size].
-    weights: [num_passes, num_seqs]. Each pass gets the infinity that its
-    weight turns into -inf, so that no sum of opposite infinities arises.
-    """
-    for index, sequence in enumerate(running):
-        banned = list(sequence.banned_token_ids)
-        if banned:
-            sign = torch.where(weights[:, index] < 0, torch.inf, -torch.inf)
-            logits[:, index, banned] = sign[:, None]
+    def _joined(self, parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([torch.empty(0, self.model_config.vocab_size), *parts])
 
 
 def check_seed(seed: int) -> None:
     """Raise ValueError unless seed is an int in [0, 2**64)."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be an int in [0, 2**64), got {seed!r}")
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: FalconConfig, directory: Path) -> None:
-    """Raise CheckpointError if the tokenizer makes ids that the embedding does not have."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise CheckpointError(
-            f"{directory}: tokenizer.json has {tokenizer.vocab_size} entries, the model "
-            f"{config.vocab_size}; "
-            "they do not belong together"
-        )
-
-
-def check_same_architecture(base: Checkpoint, domain: Checkpoint) -> None:
-    """Raise CheckpointError naming the first size in which a full fine-tune differs from its
-    base.
-    """
-    may_differ = {
-        "bos_token_id",
-        "eos_token_ids",
-        "max_position_embeddings",
-        "ties_word_embeddings",
-    }
-    for field in fields(FalconConfig):
-        ours, theirs = getattr(base.config, field.name), getattr(domain.config, field.name)
-        if ours != theirs and field.name not in may_differ:
-            raise CheckpointError(
-                f"{domain.directory}: {field.name} is {theirs}, the base {base.directory} has "
-                f"{ours}; a domain model "
-                "must be a fine-tune of its base"
-            )

@@ -111,7 +111,7 @@ class ConvergenceTest:
         """Take the next example; True if it closes a window with too few new 3-grams."""
         if self.settings is None:
             return False
-        ids = example.token_ids
+        ids = () if example.is_failed else example.token_ids
         for trigram in zip(ids, ids[1:], ids[2:], strict=False):
             self._num_total += 1
             self._num_new += trigram not in self._seen
@@ -144,6 +144,9 @@ class _MemoryRun:
     def sync_if_due(self) -> None:
         pass
 
+    def read_summary(self) -> dict:
+        return {}
+
     def write_summary(self, summary: dict) -> None:
         pass
 
@@ -167,6 +170,11 @@ class DatasetRun:
             label: engine.encode_prompt(text, f"prompt {label}".strip())
             for label, text in request.prompts.items()
         }
+        for label, token_ids in self._prompt_ids.items():
+            # What can never run is refused before anything is written. Negative prompts are cut to
+            # fit, down to the prompt alone.
+            prompts = dict.fromkeys(PassKind, token_ids)
+            engine.make_sequence(label, 0, prompts, request.guidance, request.sampling)
 
     def execute(
         self, output: str | Path | None, *, resume: bool, progress: bool
@@ -177,6 +185,8 @@ class DatasetRun:
             num_resumed = len(run.examples)
             for example in run.examples:
                 self._account(example)
+            if self._is_done(run.examples) and (summary := run.read_summary()):
+                return SyntheticDataset(run.examples, summary)
             next_index = num_resumed
             engine, request = self.engine, self.request
             logger.info("guidance: %s", request.guidance.describe())

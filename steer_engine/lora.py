@@ -20,6 +20,7 @@ from .checkpoint import (
     LM_HEAD,
     ModuleKind,
     TensorInfo,
+    checked_shard,
     hash_files,
     iterate_linears,
     linear_shape,
@@ -34,7 +35,8 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 LORA_KEY = re.compile(r"transformer\.h\.(\d+)\.(.+)\.lora_(A|B)\.weight")
-UNMERGEABLE_INITS = ("pissa", "olora", "corda", "loftq", "eva")
+# Initialisations that move part of the base's weights into the adapter.
+CHANGED_BASE_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoraWeights(NamedTuple):
@@ -90,6 +92,7 @@ class LoraAdapter:
                 else "save the adapter with PEFT's save_pretrained"
             )
             raise CheckpointError(f"{weights_path}: no such file; {remedy}")
+        checked_shard(directory, WEIGHTS_NAME)
         tensors = _normalised_names(read_header(weights_path), weights_path)
         head = tensors.pop(LM_HEAD, None)
         if head is not None and head.shape != (config.vocab_size, config.hidden_size):
@@ -131,7 +134,7 @@ def _refuse_unsupported(settings: dict, directory: Path) -> None:
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(f"{where}: peft_type must be LORA, got {settings.get('peft_type')!r}")
     init = settings.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(UNMERGEABLE_INITS):
+    if isinstance(init, str) and init.lower().startswith(CHANGED_BASE_INITS):
         raise CheckpointError(
             f"{where}: init_lora_weights={init} changes the base weights; merge the adapter into "
             "its base first "
@@ -146,15 +149,18 @@ def _refuse_unsupported(settings: dict, directory: Path) -> None:
         "use_qalora": "QALoRA is not applied",
         "alora_invocation_tokens": "activated LoRA is not applied",
         "target_parameters": "LoRA on bare parameters is not applied",
+        "use_bdlora": "block-diagonal LoRA is not applied",
+        "arrow_config": "arrow routing is not applied",
+        "kasa_config": "KaSA is not applied; merge it first (merge_and_unload)",
+        "monteclora_config": "Monteclora is not applied",
     }
     for name, reason in refused.items():
         if settings.get(name):
             raise CheckpointError(f"{where}: {name} is set: {reason}")
-    saved = [m for m in settings.get("modules_to_save") or [] if m != "lm_head"]
-    if saved:
+    saved = settings.get("modules_to_save") or []
+    if not isinstance(saved, list) or any(m != "lm_head" for m in saved):
         raise CheckpointError(
-            f"{where}: modules_to_save holds {', '.join(saved)}; only lm_head can be replaced by "
-            "an adapter"
+            f"{where}: modules_to_save holds {saved!r}; only lm_head can be replaced by an adapter"
         )
 
 
@@ -184,20 +190,25 @@ def _pair_up(
         for layer, kind in iterate_linears(config)
     }
     found: dict[str, dict[str, TensorInfo]] = {}
+    unknown = []
     for name, info in tensors.items():
         match = LORA_KEY.fullmatch(name)
         module = match and f"transformer.h.{match[1]}.{match[2]}"
-        if module not in modules:
-            raise CheckpointError(
-                f"{path}: {_reason_unknown(name)}: {name}{nearest_hint(str(module), modules)}"
-            )
-        found.setdefault(module, {})[match[3]] = info
+        if module in modules:
+            found.setdefault(module, {})[match[3]] = info
+        else:
+            unknown.append(name)
+    if unknown:
+        shown = f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
+        raise CheckpointError(
+            f"{path}: {_reason_unknown(unknown[0])}: {shown}{nearest_hint(unknown[0], modules)}"
+        )
     pairs = {}
     for module, parts in found.items():
         if set(parts) != {"A", "B"}:
             raise CheckpointError(f"{path}: {module} has lora_{min(parts)} without its partner")
         out_features, in_features = linear_shape(modules[module][1], config)
-        rank = _setting_for(module, settings, "rank_pattern", settings.get("r"))
+        rank = _setting_for(module, settings, "r", "rank_pattern", path)
         expected = {"A": (rank, in_features), "B": (out_features, rank)}
         for part, shape in expected.items():
             if parts[part].shape != shape:
@@ -205,7 +216,7 @@ def _pair_up(
                     f"{path}: {module}.lora_{part} has shape {list(parts[part].shape)}, "
                     f"base and r imply {list(shape)}; is this adapter of another base model?"
                 )
-        alpha = _setting_for(module, settings, "alpha_pattern", settings.get("lora_alpha"))
+        alpha = _setting_for(module, settings, "lora_alpha", "alpha_pattern", path)
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         pairs[modules[module]] = _Pair(parts["A"], parts["B"], scale)
     return pairs
@@ -221,15 +232,26 @@ def _reason_unknown(name: str) -> str:
     return "a tensor that is not LoRA's A or B of a module of the base"
 
 
-def _setting_for(module: str, settings: dict, pattern_name: str, default):
-    """A per-module override: the first pattern that matches the end of the module's name, as PEFT
-    reads it.
+def _setting_for(module: str, settings: dict, name: str, pattern_name: str, path: Path) -> float:
+    """A module's r or lora_alpha: that of the first pattern which matches the end of the module's
+    name, as PEFT reads it, else the adapter's own.
     """
-    for pattern, value in (settings.get(pattern_name) or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    if not isinstance(default, int | float) or default <= 0:
-        raise CheckpointError(
-            f"{CONFIG_NAME}: r and lora_alpha must be positive numbers, got {default!r}"
-        )
-    return default
+    where = path.with_name(CONFIG_NAME)
+    patterns = settings.get(pattern_name) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{where}: {pattern_name} must be an object, got {patterns!r}")
+    value = settings.get(name)
+    for pattern, override in patterns.items():
+        try:
+            is_match = re.fullmatch(rf"(.*\.)?({pattern})", module)
+        except re.error as error:
+            raise CheckpointError(
+                f"{where}: {pattern_name} holds {pattern!r}, no regular expression ({error})"
+            ) from None
+        if is_match:
+            name, value = pattern_name, override
+            break
+    kinds = int if name in ("r", "rank_pattern") else int | float
+    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise CheckpointError(f"{where}: {name} must hold a positive number, got {value!r}")
+    return value

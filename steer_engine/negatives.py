@@ -75,11 +75,11 @@ class NegativePrompts:
         """The text of the negative prompt; the prompt alone where there are no examples."""
         if not examples:
             return prompt
-        # Not str.format: examples and templates may hold braces of their own.
-        text = self.template.replace("{prompt}", "\0").replace(
-            "{examples}", self.separator.join(examples)
-        )
-        return text.replace("\0", prompt)
+        # Not str.format, and the template is split first: what is put in may hold braces of its
+        # own.
+        parts = self.template.split("{prompt}")
+        joined = self.separator.join(examples)
+        return prompt.join(part.replace("{examples}", joined) for part in parts)
 
 
 class NegativePrompt(NamedTuple):

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from .engine import EngineConfig
 from .errors import nearest_hint
 from .generation import Convergence
 from .guidance import Guidance
+from .machine import EngineConfig
 from .negatives import AS_MANY_AS_FIT, NegativePrompts
 from .sampling import SamplingParams
 

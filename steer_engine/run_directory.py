@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .dataset import Example, parse_examples
+from .dataset import Example, parse_examples, read_summary
 from .errors import RunError
 from .files import sync_directory, write_all, write_atomically
 
@@ -40,14 +40,15 @@ class RunDirectory:
         self.path = Path(path)
         self.examples: list[Example] = []
         self._settings = settings
+        self._file: int | None = None
         self._lock = lock_directory(self.path)
         try:
             self._open(resume)
         except OSError as error:
-            os.close(self._lock)
+            self._close()
             raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
         except BaseException:
-            os.close(self._lock)
+            self._close()
             raise
 
     def _open(self, resume: bool) -> None:
@@ -71,7 +72,9 @@ class RunDirectory:
         try:
             stored = json.loads(run_path.read_text(encoding="utf-8"))
         except ValueError:
-            raise RunError(f"{run_path}: damaged; restore it or choose another output") from None
+            stored = None
+        if not isinstance(stored, dict):
+            raise RunError(f"{run_path}: damaged; restore it or choose another output")
         # Through JSON and back, so that tuples and lists compare equal.
         current = json.loads(json.dumps(self._settings))
         stored.pop("versions", None), current.pop("versions", None)
@@ -95,11 +98,7 @@ class RunDirectory:
             write_all(self._file, line)
         except OSError as error:
             self._cut_back()
-            raise RunError(
-                f"{self.path}: cannot write ({error.strerror}); {len(self.examples)} examples are "
-                "safe. Make room and "
-                "run the same command to resume"
-            ) from None
+            raise self._stopped_by(error) from None
         self._num_bytes += len(line)
         self._is_dirty = True
         self.examples.append(example)
@@ -115,13 +114,30 @@ class RunDirectory:
             self.sync()
 
     def sync(self) -> None:
-        os.fsync(self._file)
+        """Make what was written durable. Raises RunError if the disk refuses."""
         self._is_dirty, self._synced_at = False, time.monotonic()
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise self._stopped_by(error) from None
+
+    def read_summary(self) -> dict:
+        """The summary of a complete run; {} where there is none yet."""
+        return read_summary(self.path)
 
     def write_summary(self, summary: dict) -> None:
-        """Mark the run as complete."""
+        """Mark the run as complete. Raises RunError if the disk refuses."""
         self.sync()
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        try:
+            write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise self._stopped_by(error) from None
+
+    def _stopped_by(self, error: OSError) -> RunError:
+        return RunError(
+            f"{self.path}: cannot write ({error.strerror}); {len(self.examples)} examples are "
+            "written. Make room and run the same command to resume"
+        )
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -131,8 +147,12 @@ class RunDirectory:
             if self._is_dirty:
                 self.sync()
         finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
             os.close(self._file)
-            os.close(self._lock)
+        os.close(self._lock)
 
 
 def lock_directory(path: Path) -> int:

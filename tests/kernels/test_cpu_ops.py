@@ -369,6 +369,7 @@ def test_a_row_of_attention_does_not_depend_on_its_neighbours(isa, dtype):
 
 def test_a_row_of_rotary_does_not_depend_on_its_neighbours(isa):
     angle = torch.arange(100)[:, None] * 10000.0 ** -torch.linspace(0, 1, 32)
+    cos, sin = angle.cos(), angle.sin()
     pages = Pages([40], BF16, *ATTENTION_SIZES["falcon_7b"])
     qkv = random_qkv(pages, 33)
     positions = torch.arange(33, dtype=torch.int32)
@@ -376,7 +377,7 @@ def test_a_row_of_rotary_does_not_depend_on_its_neighbours(isa):
     def run(rows):
         out, slots = qkv[rows], rows
         ops.rotary_and_store(
-            out, angle.cos(), angle.sin(), positions[rows], slots, 71, pages.k_cache, pages.v_cache
+            out, cos, sin, positions[rows], slots, 71, pages.k_cache, pages.v_cache
         )
         return torch.cat([out, pages.k_cache.flatten(0, 1)[slots].flatten(1)], dim=1)
 

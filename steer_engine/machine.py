@@ -1,0 +1,143 @@
+"""The machine's side of a run: device, dtype, backend, and memory for the KV cache."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import ops
+from .config import FalconConfig
+from .errors import CapacityError, check_number
+from .guidance import PassKind
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BLOCK_SIZE = 64  # tokens per cache page; the GPU attention kernel's tile
+CPU_CACHE_SHARE = 0.4  # of the memory that is available once the weights are loaded
+CUDA_CACHE_SHARE = 0.9
+CGROUP = Path("/sys/fs/cgroup")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The machine's side of a run. "auto" and None are resolved once, by `resolve`.
+
+    Attributes:
+        device: "cpu", "cuda", "cuda:1" or "auto".
+        dtype: "float32", "bfloat16" or "auto" (bf16 where it is fast).
+        backend: "reference", "cpu" or "auto".    max_num_seqs: sequences that run side by side.
+        max_model_len: longest prompt plus completion, in tokens; None: what the model was trained
+            for.
+        kv_cache_gib: size of the KV cache; None: enough for max_num_seqs sequences of max_model_len
+            with three passes, within 40 % of the free memory (90 % on a GPU).
+        max_prefill_tokens: prompt tokens per forward.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str = "auto"
+    max_num_seqs: int = 64
+    max_model_len: int | None = None
+    kv_cache_gib: float | None = None
+    max_prefill_tokens: int = 512
+
+    def __post_init__(self):
+        check_number("max_num_seqs", self.max_num_seqs, low=1, is_int=True)
+        check_number("max_prefill_tokens", self.max_prefill_tokens, low=1, is_int=True)
+        if self.max_model_len is not None:
+            check_number("max_model_len", self.max_model_len, low=2, is_int=True)
+        if self.kv_cache_gib is not None:
+            check_number("kv_cache_gib", self.kv_cache_gib, low=0.0, low_is_open=True)
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"dtype must be auto, {' or '.join(DTYPES)}, got {self.dtype!r}")
+
+    def resolve(self, model: FalconConfig) -> EngineConfig:
+        """The same configuration without "auto" and None, except for kv_cache_gib, which needs the
+        loaded weights.
+        """
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device {name} is not available: this torch sees no CUDA GPU; use cpu"
+            )
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if has_fast_bf16(device) else "float32"
+        max_model_len = self.max_model_len or model.max_position_embeddings
+        # Alibi extrapolates; rotary positions beyond the trained context give text that looks fine
+        # and is not.
+        if max_model_len > model.max_position_embeddings and not model.uses_alibi:
+            raise ValueError(
+                f"max_model_len {max_model_len} is over the model's context of "
+                f"{model.max_position_embeddings} tokens"
+            )
+        return replace(
+            self,
+            device=str(device),
+            dtype=dtype,
+            backend=ops.resolve_backend(self.backend, device),
+            max_model_len=max_model_len,
+        )
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bf16 have hardware support."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def num_cache_blocks(config: EngineConfig, model: FalconConfig) -> int:
+    """Blocks of the KV cache: as kv_cache_gib says, else as many as can be used, within free
+    memory.
+
+    config: resolved. Raises: CapacityError if not one block fits.
+    """
+    device, dtype = torch.device(config.device), DTYPES[config.dtype]
+    block_bytes = 2 * model.num_layers * BLOCK_SIZE * model.num_kv_heads * model.head_dim
+    block_bytes *= dtype.itemsize
+    if config.kv_cache_gib is not None:
+        num_blocks = int(config.kv_cache_gib * 2**30) // block_bytes
+    else:
+        share = CUDA_CACHE_SHARE if device.type == "cuda" else CPU_CACHE_SHARE
+        affordable = int(available_bytes(device) * share) // block_bytes
+        blocks_per_pass = -(-config.max_model_len // BLOCK_SIZE)
+        num_blocks = min(config.max_num_seqs * len(PassKind) * blocks_per_pass, affordable)
+    if num_blocks < 1:
+        raise CapacityError(
+            f"the KV cache holds no block of {BLOCK_SIZE} tokens ({block_bytes / 2**20:.1f} MiB): "
+            "raise kv_cache_gib or free memory"
+        )
+    size_gib = num_blocks * block_bytes / 2**30
+    logger.info("KV cache: %d blocks of %d tokens, %.2f GiB", num_blocks, BLOCK_SIZE, size_gib)
+    return num_blocks
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated now: free device memory, or the machine's within its container's
+    limit.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    values = {name: int(rest.split()[0]) * 1024 for name, rest in (li.split(":") for li in lines)}
+    available = values["MemAvailable"]
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((CGROUP / "memory.current").read_text())
+            available = min(available, max(int(limit) - used, 0))
+    except (OSError, ValueError):
+        pass  # no container limit to read
+    return available
