@@ -229,6 +229,8 @@ def _reason_unknown(name: str) -> str:
         return "an adapted or replaced embedding, which is not applied; merge the adapter first"
     if name.endswith("lora_B.bias"):
         return "a LoRA bias, which is not applied; merge the adapter first"
+    if name.endswith(".bias"):  # bias="all" trains the norms' biases
+        return "a trained bias, which is not applied; merge the adapter first"
     return "a tensor that is not LoRA's A or B of a module of the base"
 
 

@@ -101,9 +101,7 @@ def test_weights_whose_sum_is_not_positive_have_no_temperature_and_no_normal_for
 
 def test_the_description_holds_the_rule_and_its_implicit_temperature():
     line = Guidance.steer(0.2, 0.2, form="released", alpha=0.1).describe()
-    assert line == (
-        "1.2 domain -0.2 base -0.2 negative, alpha 0.1; implicit temperature 1.25"
-    )
+    assert line == ("1.2 domain -0.2 base -0.2 negative, alpha 0.1; implicit temperature 1.25")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "0.2", None, True])

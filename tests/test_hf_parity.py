@@ -117,9 +117,7 @@ class TestEveryArchitecture:
         completions = load(directory, backend=backend).generate(
             prompts,
             guidance=Guidance.none(),
-            sampling=SamplingParams(
-                temperature=0, ignore_eos=True, max_tokens=NUM_GREEDY_STEPS
-            ),
+            sampling=SamplingParams(temperature=0, ignore_eos=True, max_tokens=NUM_GREEDY_STEPS),
         )
         for prompt, completion in zip(prompts, completions, strict=True):
             assert len(completion.token_ids) == NUM_GREEDY_STEPS
@@ -389,9 +387,7 @@ def test_greedy_steered_decoding_equals_three_separate_models(guided, base_model
         assert len(drawn) == 32
         with torch.no_grad():
             rows = [
-                model(torch.tensor([start + drawn]), use_cache=False).logits[
-                    0, len(start) - 1 : -1
-                ]
+                model(torch.tensor([start + drawn]), use_cache=False).logits[0, len(start) - 1 : -1]
                 for model, start in (
                     (domain, prompt),
                     (base_model, prompt),
