@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from . import ops
 from .dataset import Example, SyntheticDataset, read_texts
 from .errors import RunError, check_number
 from .guidance import Guidance, PassKind
@@ -216,9 +217,12 @@ class DatasetRun:
 
     def _run_settings(self) -> dict:
         packages = ("steer-engine", "torch", "tokenizers", "numpy")
+        versions = {name: version(name) for name in packages}
+        versions |= {"python": platform.python_version(), "machine": platform.machine()}
+        if self.engine.config.backend == "cpu":
+            versions["cpu_isa"] = ops.cpu_isa()
         return {
-            "versions": {name: version(name) for name in packages}
-            | {"python": platform.python_version(), "machine": platform.machine()},
+            "versions": versions,
             "engine": self.engine.describe(),
             "checkpoints": self.engine.sha256(),
             "real": {"num_examples": len(self.real), "sha256": sha256_of_texts(self.real)},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from .files import sync_directory, write_all, write_atomically
 
 SYNC_INTERVAL_S = 1.0
 MAX_DIFFERENCES_SHOWN = 3
+logger = logging.getLogger(__name__)
 
 
 class RunDirectory:
@@ -77,7 +79,9 @@ class RunDirectory:
             raise RunError(f"{run_path}: damaged; restore it or choose another output")
         # Through JSON and back, so that tuples and lists compare equal.
         current = json.loads(json.dumps(self._settings))
-        stored.pop("versions", None), current.pop("versions", None)
+        versions, current_versions = stored.pop("versions", {}), current.pop("versions", {})
+        for difference in _differences(versions, current_versions, ""):
+            logger.warning("%s: %s; the bytes may differ from now on", self.path, difference)
         differences = list(_differences(stored, current, ""))
         if differences:
             shown = "; ".join(differences[:MAX_DIFFERENCES_SHOWN])

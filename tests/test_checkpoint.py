@@ -342,7 +342,7 @@ def test_one_poisoned_weight_is_refused_by_its_tensors_name(tmp_path, dtype, val
 def test_a_poisoned_weight_stops_the_engine_from_loading(single, tmp_path):
     directory = helpers.copy_checkpoint(single, tmp_path / "poisoned")
     rewrite(directory, lambda t: t[QKV][7, 3].fill_(math.nan))
-    with pytest.raises(CheckpointError, match="query_key_value.weight holds NaN"):
+    with pytest.raises(CheckpointError, match=r"query_key_value\.weight holds NaN"):
         engine_logits(directory)
 
 

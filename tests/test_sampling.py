@@ -255,9 +255,9 @@ def test_the_engine_never_draws_an_ending_before_min_tokens(engine):
 
 
 def test_a_stop_token_outside_the_vocabulary_is_refused_by_name(engine):
-    with pytest.raises(ValueError, match="stop_token_ids.*320"):
+    with pytest.raises(ValueError, match=r"stop_token_ids.*320"):
         generate(engine, min_tokens=2, stop_token_ids=(320,))
-    with pytest.raises(ValueError, match="stop_token_ids.*320"):
+    with pytest.raises(ValueError, match=r"stop_token_ids.*320"):
         generate(engine, stop_token_ids=(10**6,))
 
 
