@@ -10,9 +10,8 @@ from pathlib import Path
 from .errors import CheckpointError
 
 MAX_CONFIG_BYTES = 10_000_000
-MAX_NUM_LAYERS = (
-    1000  # Falcon-180B has 80; bounds what is built from a config before files are read
-)
+# Falcon-180B has 80; bounds what is built from a config before files are read.
+MAX_NUM_LAYERS = 1000
 MODEL_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
 
 

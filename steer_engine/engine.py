@@ -70,7 +70,11 @@ class Engine:
             self.model = loader.load(self.config.max_model_len)
             num_blocks = num_cache_blocks(self.config, self.model_config)
             self.kv_cache = KVCache(self.model_config, num_blocks, BLOCK_SIZE, dtype, device)
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, RuntimeError) as error:
+            # The CPU allocator raises a plain RuntimeError; the GPU's has a class of its own.
+            is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not is_out_of_memory and "can't allocate memory" not in str(error):
+                raise
             raise CapacityError(
                 f"out of memory while loading on {device}: set a smaller dtype, kv_cache_gib or "
                 "max_num_seqs, or pass a LoRA adapter instead of a full fine-tune"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import ops
-from .dataset import Example, SyntheticDataset, read_texts
+from .dataset import Example, SyntheticDataset, is_unicode, read_texts
 from .errors import RunError, check_number
 from .guidance import Guidance, PassKind
 from .negatives import NegativePool, NegativePrompt, NegativePrompts
@@ -82,6 +82,9 @@ class DatasetRequest:
         is_text = all(isinstance(t, str) for pair in self.prompts.items() for t in pair)
         if not self.prompts or not is_text:
             raise ValueError("prompt must be a str, or a non-empty {label: prompt} of strings")
+        for label in self.prompts:
+            if not is_unicode(label):
+                raise ValueError(f"label {label!r} holds a lone surrogate, which no UTF-8 text can")
 
     def settings(self) -> dict:
         """The request as JSON values, for run.json."""

@@ -71,6 +71,10 @@ def make_engine(tiny_models) -> Callable[..., Engine]:
     return make
 
 
+STEERED = Guidance.recommended()
+TWELVE_TOKENS = SamplingParams(top_p=0.9, max_tokens=12, ignore_eos=True)
+
+
 @dataclass(frozen=True)
 class Item:
     """One sequence of a decoding loop; what it draws may depend on nothing but these fields."""
@@ -78,8 +82,8 @@ class Item:
     stream_id: int
     prompt: Sequence[int]
     negative: Sequence[int] = (1,)
-    guidance: Guidance = Guidance(1.2, -0.2, -0.2)
-    sampling: SamplingParams = SamplingParams(top_p=0.9, max_tokens=12, ignore_eos=True)
+    guidance: Guidance = STEERED
+    sampling: SamplingParams = TWELVE_TOKENS
 
 
 class Drawn(NamedTuple):

@@ -20,8 +20,8 @@ HARD_TEXTS = [
     "carriage\r\nreturn and \r alone",
     "unicode\u2028line\u2029ends\x85\x0b\x0c",
     "nul \0 bell \x07 escape \x1b delete \x7f",
-    'quotes " \\ \\n \' , ; \t',
-    "emoji 👩‍👩‍👧‍👦 🇩🇪 and 𝒽",
+    "quotes \" \\ \\n ' , ; \t",
+    "emoji 👩‍👩‍👧‍👦 🇩🇪 and 𒀀",
     "é e\u0301 עברית العربية 日本語",
     "\ufeffmark \ufffd \uffff",
     "{braces} <b>&amp;</b> $x$ %s",
@@ -124,7 +124,11 @@ def test_any_texts_survive_jsonl(tmp_path, contents):
         ("r.jsonl", '{"text": "a"}\n{"text": \n', r"r\.jsonl: line 2 is not JSON"),
         ("r.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("r.jsonl", '{"txt": "a"}', "needs a string field .* has fields txt; did you mean 'txt'"),
-        ("r.jsonl", '{"text": null, "id": 1}', 'line 1: field "text" must be a string, got nothing'),
+        (
+            "r.jsonl",
+            '{"text": null, "id": 1}',
+            'line 1: field "text" must be a string, got nothing',
+        ),
         ("r.jsonl", '{"text": ["a"]}', 'line 1: field "text" must be a string, got a list'),
         ("r.jsonl", "{}", "has no fields"),
         ("r.jsonl", "\n17\n", "line 2: needs a string field"),
@@ -153,7 +157,7 @@ def test_a_parquet_file_without_text_is_refused(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "r.parquet"
     parquet.write_table(pyarrow.table({"texts": ["a"]}), path)
-    with pytest.raises(DataError, match="row 1: needs a string field .* did you mean 'texts'"):
+    with pytest.raises(DataError, match=r"row 1: needs a string field .* did you mean 'texts'"):
         read_texts(path)
     parquet.write_table(pyarrow.table({"text": ["a", None]}), path)
     with pytest.raises(DataError, match='row 2: field "text" must be a string, got nothing'):

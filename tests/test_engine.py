@@ -419,9 +419,7 @@ def test_an_empty_prompt_starts_with_the_beginning_of_text(make_engine):
         completions = engine.generate(
             [empty], negative_prompts=[empty], guidance=STEER, sampling=LENGTH
         )
-        expected = engine.generate(
-            [[0]], negative_prompts=[[0]], guidance=STEER, sampling=LENGTH
-        )
+        expected = engine.generate([[0]], negative_prompts=[[0]], guidance=STEER, sampling=LENGTH)
         assert completions == expected
 
 
@@ -540,7 +538,7 @@ def test_max_prefill_tokens_must_be_positive():
 
 
 def test_a_cache_without_room_for_a_block_is_refused(make_engine):
-    with pytest.raises(CapacityError, match="holds no block of 64 tokens .*raise kv_cache_gib"):
+    with pytest.raises(CapacityError, match=r"holds no block of 64 tokens .*raise kv_cache_gib"):
         make_engine(kv_cache_gib=1e-9)
 
 

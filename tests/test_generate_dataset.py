@@ -93,9 +93,7 @@ def test_an_example_is_the_draw_of_its_index_and_attempt(make_engine, make_item,
         shown = " ".join(texts[source] for source in example.negatives)
         negative_ids = engine.tokenizer.encode(f"{shown}\n{PROMPT}")
         stream_id = (example.attempts - 1) << INDEX_BITS | example.index
-        item = make_item(
-            stream_id, prompt_ids, negative_ids, Guidance.recommended(), SAMPLING
-        )
+        item = make_item(stream_id, prompt_ids, negative_ids, Guidance.recommended(), SAMPLING)
         assert decode(engine, [item], seed=9)[stream_id].token_ids == example.token_ids
         assert engine.tokenizer.decode(example.token_ids).startswith(example.text[:3])
 
@@ -289,7 +287,7 @@ def test_an_example_whose_attempts_all_meet_bad_logits_is_an_error(make_engine):
 def test_too_many_bad_logits_stop_the_run(make_engine, tmp_path):
     engine = make_engine()
     poison(engine, lambda index, attempt, step: index > 5)
-    with pytest.raises(RunError, match="3 of .* attempts met NaN or infinite logits; the weights"):
+    with pytest.raises(RunError, match=r"3 of .* attempts met NaN or infinite logits; the weights"):
         run(engine, 50, output=tmp_path / "run")
     assert not engine.scheduler.running
     assert len(SyntheticDataset.load(tmp_path / "run")) <= 6
@@ -298,41 +296,45 @@ def test_too_many_bad_logits_stop_the_run(make_engine, tmp_path):
 # --- convergence
 
 
-def expected_length(examples: list[Example], tolerance: float, window: int) -> int:
-    """Where a run stops, counted anew: after the first window with too few new 3-grams."""
+def shares_of_new_trigrams(examples: list[Example], window: int) -> list[float]:
+    """Per window, counted anew."""
     seen: set[tuple] = set()
-    for end in range(window, len(examples) + 1, window):
+    shares = []
+    for first in range(0, len(examples) - window + 1, window):
         trigrams = [
             tuple(e.token_ids[i : i + 3])
-            for e in examples[end - window : end]
+            for e in examples[first : first + window]
             if not e.is_failed
             for i in range(len(e.token_ids) - 2)
         ]
-        num_new = len(set(trigrams) - seen)
+        shares.append(len(set(trigrams) - seen) / len(trigrams))
         seen |= set(trigrams)
-        if num_new < tolerance * len(trigrams):
-            return end
-    return len(examples)
+    return shares
 
 
+WINDOW = 5
 CONVERGING = {
-    "sampling": SamplingParams(temperature=0.35, top_p=0.9, max_tokens=8, ignore_eos=True),
-    "until": Convergence(tolerance=0.45, window=5),
+    "sampling": SamplingParams(temperature=0.85, top_p=0.9, max_tokens=8, ignore_eos=True),
+    "until": Convergence(tolerance=0.45, window=WINDOW),
     "accept": short,
     "max_attempts": 2,
 }
 
 
 def test_until_stops_at_the_same_example_for_any_batch_size(make_engine, backend):
-    endless = CONVERGING | {"until": None}
-    whole = everything(run(make_engine(backend=backend), 60, **endless))
-    length = expected_length(whole, 0.45, 5)
-    assert 5 < length < 50, "the settings of this test are to stop it midway"
+    whole = everything(run(make_engine(backend=backend), 60, **CONVERGING | {"until": None}))
+    shares = shares_of_new_trigrams(whole, WINDOW)
+    # A tolerance that the first window from the third on with a new lowest share falls below.
+    last = next(w for w in range(2, 12) if shares[w] < min(shares[:w]))
+    settings = CONVERGING | {"until": Convergence((shares[last] + min(shares[:last])) / 2, WINDOW)}
+    length = (last + 1) * WINDOW
     for max_num_seqs in (1, 7, 32):
-        dataset = run(make_engine(backend=backend, max_num_seqs=max_num_seqs), 60, **CONVERGING)
+        dataset = run(make_engine(backend=backend, max_num_seqs=max_num_seqs), 60, **settings)
         assert everything(dataset) == whole[:length]
         assert dataset.summary["has_converged"]
-    assert not run(make_engine(backend=backend), length - 1, **CONVERGING).summary["has_converged"]
+    shorter = run(make_engine(backend=backend), length - 1, **settings)
+    assert everything(shorter) == whole[: length - 1]
+    assert not shorter.summary["has_converged"]
 
 
 def test_a_resumed_run_stops_at_the_same_example(make_engine, tmp_path):
@@ -382,9 +384,7 @@ def test_tolerance_zero_never_stops_and_no_rule_never_stops():
 
 
 def test_the_summary_counts_what_is_there(make_engine, tmp_path):
-    dataset = run(
-        make_engine(), 40, accept=short, max_attempts=2, output=tmp_path / "run", seed=3
-    )
+    dataset = run(make_engine(), 40, accept=short, max_attempts=2, output=tmp_path / "run", seed=3)
     summary = dataset.summary
     examples = everything(dataset)
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -404,7 +404,7 @@ def test_duplicates_and_copies_of_real_are_counted(make_engine):
     """Greedy decoding writes one text per label; one of them is real but for its white space."""
     engine = make_engine()
     settings = {
-        "prompt": {"a": "First:", "b": "Second question:"},
+        "prompt": {"a": "First:", "b": "The ring"},
         "guidance": Guidance.none(),
         "sampling": SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True),
     }
@@ -566,7 +566,7 @@ def test_another_engine_is_refused_where_bytes_depend_on_it(make_engine, tmp_pat
         ({"prompt": 5}, ValueError, "prompt must be a str, or a non-empty"),
         ({"prompt": "\ud800"}, ValueError, "prompt holds a lone surrogate"),
         ({"prompt": {"a": "x", "b": "\ud800"}}, ValueError, "prompt b holds a lone surrogate"),
-        ({"prompt": {"\ud800": "x"}}, ValueError, "lone surrogate"),
+        ({"prompt": {"\ud800": "x"}}, ValueError, "label '.ud800' holds a lone surrogate"),
         ({"max_attempts": 0}, ValueError, "max_attempts must be an int"),
         ({"seed": -1}, ValueError, "seed must be an int"),
         ({"real": []}, DataError, "holds no text"),
@@ -604,7 +604,7 @@ def test_negatives_that_need_more_cache_than_there_is_stop_a_run_that_can_be_res
 ):
     """Three passes of one block each fit; negatives of two blocks do not."""
     settings = {"real": ["The ring is on the other side. " * 5], "output": tmp_path / "run"}
-    with pytest.raises(CapacityError, match="raise kv_cache_gib, or lower .* negatives"):
+    with pytest.raises(CapacityError, match=r"raise kv_cache_gib, or lower .* negatives"):
         run(make_engine(num_blocks=3), **settings)
     run(make_engine(), **settings)
     assert list(SyntheticDataset.load(tmp_path / "run")) == list(

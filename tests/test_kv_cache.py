@@ -220,10 +220,10 @@ def test_discard_leaves_nothing_findable():
 def test_discard_keeps_what_others_wrote():
     cache = make_cache(8)
     written = cache.allocate(DOMAIN, tokens(8), 8)
-    cache.discard(cache.allocate(DOMAIN, tokens(8) + [70, 71], 12))
+    cache.discard(cache.allocate(DOMAIN, [*tokens(8), 70, 71], 12))
     assert [cache._blocks[b].ref_count for b in written.block_table] == [1, 1]
     assert cache.allocate(DOMAIN, tokens(8), 8).num_cached == 8
-    longer = cache.allocate(DOMAIN, tokens(8) + [70, 71], 12)
+    longer = cache.allocate(DOMAIN, [*tokens(8), 70, 71], 12)
     assert longer.num_cached == 8
 
 

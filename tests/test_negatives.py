@@ -71,9 +71,7 @@ def test_every_member_is_equally_likely_at_every_place():
     """3 of 13, 39,000 draws: one chi-square per place; 43.8 with 12 degrees is passed once in
     60,000.
     """
-    draws = [
-        list(itertools.islice(sample_without_replacement(13, 2, s), 3)) for s in range(39_000)
-    ]
+    draws = [list(itertools.islice(sample_without_replacement(13, 2, s), 3)) for s in range(39_000)]
     for place in range(3):
         counts = Counter(draw[place] for draw in draws)
         statistic = sum((counts[m] - 3000) ** 2 / 3000 for m in range(13))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from steer_engine.kernels.reference.philox import MASK_32, Words, philox4x32, random_bits
 
 from steer_engine import ops
-from steer_engine.kernels.reference.philox import MASK_32, Words, philox4x32, random_bits
 
 # The package's attribute of that name is the function.
 sampler = importlib.import_module("steer_engine.kernels.reference.guided_sample")
@@ -207,20 +207,18 @@ def test_the_nucleus_is_that_of_an_fp64_sort(top_p, size):
         assert total == kept.total_mass[index] and 0 < total < 2**56
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "expected"),
-    [
-        # kat_vectors of Random123 1.14, philox4x32 10
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c "
-         "9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 "
-         "6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 "
-         "24126ea1"),
-    ],
-)  # fmt: skip
-def test_philox_gives_the_known_answers(counter, key, expected):
-    counter, key, expected = ([int(w, 16) for w in text.split()] for text in (counter, key, expected))
+# counter, key and answer; kat_vectors of Random123 1.14, "philox4x32 10"
+KNOWN_ANSWERS = """
+00000000 00000000 00000000 00000000 00000000 00000000 6627e8d5 e169c58d bc57ac4c 9b00dbd8
+ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff 408f276d 41c83b0e a20bc7c6 6d5451fd
+243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0 d16cfe09 94fdcceb 5001e420 24126ea1
+"""
+
+
+@pytest.mark.parametrize("line", KNOWN_ANSWERS.strip().splitlines())
+def test_philox_gives_the_known_answers(line):
+    words = [int(word, 16) for word in line.split()]
+    counter, key, expected = words[:4], words[4:6], words[6:]
     assert list(philox4x32(Words(*counter), tuple(key))) == expected
     tensors = Words(*(torch.tensor([w, 0]) for w in counter))
     assert [w[0].item() for w in philox4x32(tensors, tuple(key))] == expected
