@@ -391,9 +391,7 @@ def test_a_summary_that_cannot_be_written_is_an_error_of_the_run(tmp_path, monke
         run.append(example(0))
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", refuse)
-            with pytest.raises(
-                RunError, match=r"No space left .* 1 examples are written"
-            ):
+            with pytest.raises(RunError, match=r"No space left .* 1 examples are written"):
                 run.write_summary({"num_examples": 1})
         assert run.read_summary() == {}
         run.write_summary({"num_examples": 1})

@@ -1,0 +1,64 @@
+"""Run tests of Triton kernels in Triton's interpreter, on CPU tensors.
+
+Triton decides between compiler and interpreter when it is imported (TRITON_INTERPRET), for the
+whole process. So one child process is started with the variable set; a test that is decorated with
+`interpreted` runs there, with its own name, parameters and traceback, and everything else in the
+same pytest run, the compile-only checks among it, sees the compiler.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import importlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
+
+def interpreted(test: Callable) -> Callable:
+    """Decorate a test function (of a module, with picklable arguments) to run in the child."""
+
+    @functools.wraps(test)
+    def run_in_child(*args, **kwargs):
+        call = (test.__module__, test.__qualname__, args, kwargs)
+        child().submit(run_here, sys.path, *call).result()
+
+    return run_in_child
+
+
+@functools.cache
+def child() -> ProcessPoolExecutor:
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), prepare)
+        pool.submit(int).result()  # the process has started, with the variable
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+    atexit.register(pool.shutdown, cancel_futures=True)
+    return pool
+
+
+def prepare() -> None:
+    import numpy as np
+    import torch
+    from triton.runtime import interpreter
+
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")  # inf - inf and the like are part of the tests
+    patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    # triton 3.6.0 writes int(array of one element), which numpy 2.4 refuses; so no kernel could
+    # have `range(scalar)`. Goes with the first triton that works without it.
+    interpreter._patch_lang_tensor = patch
+
+
+def run_here(path: list[str], module: str, name: str, args: tuple, kwargs: dict) -> None:
+    sys.path[:] = path
+    getattr(importlib.import_module(module), name).__wrapped__(*args, **kwargs)
