@@ -41,7 +41,7 @@ from .options import (
 from .run_directory import check_output
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-NUM_SHOWN = 10
+NUM_SHOWN = 8
 app = typer.Typer(
     name="steer-engine",
     help="Write synthetic text data sets with STEER guidance on Falcon models.",

@@ -225,7 +225,8 @@ def _read_csv(path: Path) -> Iterator[str]:
             for record in reader:
                 yield _text_of(record, f"{path}: line {reader.line_num}")
         except csv.Error as error:
-            raise DataError(f"{path}: line {reader.line_num} is not CSV ({error})") from None
+            # The reader has not counted the line it stumbled on.
+            raise DataError(f"{path}: line {reader.line_num + 1} is not CSV ({error})") from None
 
 
 def _read_parquet(path: Path) -> Iterator[str]:

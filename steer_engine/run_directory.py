@@ -68,6 +68,7 @@ class RunDirectory:
             os.ftruncate(self._file, self._num_bytes)
         os.fsync(self._file)
         sync_directory(self.path)
+        sync_directory(self.path.parent)
         self._is_dirty, self._synced_at = False, time.monotonic()
 
     def _check_settings(self, run_path: Path) -> None:

@@ -13,11 +13,16 @@ from typing import NamedTuple
 
 import helpers
 import pytest
+import torch
 
 from steer_engine import Engine, Guidance, SamplingParams, ops
 from steer_engine.guidance import PassKind
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning after a fork
+# Tiny operations wait longer for a second thread than they run: on two busy cores test_engine.py
+# takes four times as long. What must hold for any number of threads sets its own.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 
 class TinyModels(NamedTuple):

@@ -44,19 +44,32 @@ def child() -> ProcessPoolExecutor:
 def prepare() -> None:
     import numpy as np
     import torch
+    import triton.language as tl
     from triton.runtime import interpreter
 
     torch.set_num_threads(1)
     np.seterr(all="ignore")  # inf - inf and the like are part of the tests
-    patch_lang_tensor = interpreter._patch_lang_tensor
+    patch_lang, patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    patched = {}
 
-    def patch(tensor, scope):
+    def patch_lang_once(fn):
+        """Triton patches its language anew for every call of every device function, which takes
+        longer than the call; here it stays patched.
+        """
+        modules = tuple(m.__name__ for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values()))
+        if modules not in patched:
+            patched[modules] = patch_lang(fn)
+            patched[modules].restore = lambda: None
+        return patched[modules]
+
+    def patch_tensor(tensor, scope):
         patch_lang_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     # triton 3.6.0 writes int(array of one element), which numpy 2.4 refuses; so no kernel could
     # have `range(scalar)`. Goes with the first triton that works without it.
-    interpreter._patch_lang_tensor = patch
+    interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang = patch_lang_once
 
 
 def run_here(path: list[str], module: str, name: str, args: tuple, kwargs: dict) -> None:
