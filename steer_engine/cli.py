@@ -20,6 +20,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import embedded, ops
 from .dataset import SyntheticDataset
@@ -211,15 +212,16 @@ def _print_comparison(engine: Engine, dataset: SyntheticDataset, request: dict[s
     """The same prompt under the base model, the domain model and STEER, side by side."""
     sampling, prompt = request["sampling"], request["prompt"]
     count = min(NUM_SHOWN, len(dataset))
-    table = Table(title=f"{prompt!r}", show_lines=True, title_justify="left")
-    columns = {"base model alone": [], "domain model alone": [], "STEER": dataset.texts[:count]}
+    columns = {}
     for name, guidance in embedded.COMPARED.items():
-        texts = engine.generate([prompt] * count, guidance=guidance, sampling=sampling)
-        columns[name] = [" ".join(c.text.split()) for c in texts]
+        completions = engine.generate([prompt] * count, guidance=guidance, sampling=sampling)
+        columns[name] = [" ".join(c.text.split()) for c in completions]
+    columns["STEER"] = dataset.texts[:count]
+    table = Table(title=prompt, show_lines=True, title_justify="left")
     for name in columns:
         table.add_column(name, ratio=1)
     for row in zip(*columns.values(), strict=True):
-        table.add_row(*(text.replace("[", "\\[") for text in row))
+        table.add_row(*map(Text, row))
     out.print(table)
 
 
