@@ -15,7 +15,7 @@ integer mass (target ceil(top_p * Z)). It is answered by narrowing a bracket:
     ladder, twice    a slice of one row         count and mass at or above 16 pivots, which divide
                                                 the bracket evenly; 1st: [max x - 30, infinity)
     collect          a slice of one row         the ranks inside the final bracket, as a list
-    select           one row                    bisects the list, first for top-k, then for top-p
+    select           one row                    narrows the same way on the list, for top-k, then top-p
     block_mass       a slice of one row         kept mass of each block of the vocabulary
     draw             one row                    the random number; its block; its token
 
@@ -23,7 +23,7 @@ The programs of a row meet in a few integers (`counters`), added or maximised at
 sums depend on no order, so neither does any result. The bracket is not stored: whoever needs it
 replays the rounds from their sums (a handful of 16-wide reductions). Any pivots give a right
 bracket; their choice decides only how long the list is. If it is long (all logits equal), select
-reads more blocks, at most 52 times: nothing overflows, and every loop is bounded.
+reads more blocks, at most 13 times: nothing overflows, and every loop is bounded.
 
 Rejected: KERNELS.md's last-arriver finish and sorted bracket (tickets, resets and a 4096-wide
 tl.sort, for two launches less); a radix select over the whole row (8 rounds of 16 masked sums).
@@ -174,7 +174,7 @@ def _bracket(counters_ptr, top_k, top_p_fixed, NUM_ROUNDS: tl.constexpr):
         # What top-k keeps has at least this mass, so top-p keeps at least `target` of it.
         sure = tl.max(tl.where(counts < top_k, masses, mass_above), 0)
         target = _mass_target(tl.where(cuts_k, sure, total), top_p_fixed)
-        is_low = (cuts_k & (counts >= top_k)) | ((cuts_k == 0) & (masses >= target))
+        is_low = tl.where(cuts_k, counts - top_k, masses - target) >= 0
         is_high = masses <= target
         low = tl.maximum(low, tl.max(tl.where(is_low, pivots, low), 0))
         high = tl.minimum(high, tl.min(tl.where(is_high, pivots, high), 0))
@@ -233,8 +233,9 @@ def combine_kernel(
     counters_ptr += seq * num_counters
     inv_temperature = tl.load(inv_temperature_ptr + seq)
     log_alpha = tl.load(log_alpha_ptr + seq)
-    has_alpha = log_alpha > -float("inf")
+    domain_end = tl.where(log_alpha > -float("inf"), end, 0)  # 0: alpha is off, all are allowed
     threshold = _value_of(tl.load(counters_ptr + DOMAIN_MAX)) + log_alpha
+    threshold = tl.where(log_alpha > -float("inf"), threshold, -float("inf"))
     best = tl.full([BLOCK_SIZE], 0, tl.int64)
     status = tl.full([BLOCK_SIZE], 0, tl.int32)
 
@@ -247,7 +248,8 @@ def combine_kernel(
         x = tl.full([BLOCK_SIZE], 0.0, tl.float32)
         for p in tl.static_range(NUM_PASSES):
             weight = tl.load(weights_ptr + p * num_seqs + seq)
-            logits = tl.load(row_ptr + p * pass_stride, mask=in_row & (weight != 0), other=0.0)
+            used_end = tl.where(weight != 0, end, 0)
+            logits = tl.load(row_ptr + p * pass_stride, mask=index < used_end, other=0.0)
             x += logits.to(tl.float32) * weight
         x *= inv_temperature
 
@@ -256,10 +258,9 @@ def combine_kernel(
         is_inf = x > MAX_LOGIT
         status |= tl.where(in_row & is_nan, STATUS_NAN, 0)
         status |= tl.where(in_row & is_inf, STATUS_INF, 0)
-        domain = tl.load(row_ptr, mask=in_row & has_alpha, other=0.0).to(tl.float32)
-        is_allowed = (domain >= threshold) | (has_alpha == 0)
+        domain = tl.load(row_ptr, mask=index < domain_end, other=0.0).to(tl.float32)
         x = tl.where(is_inf, MAX_LOGIT, x)
-        x = tl.where(is_allowed & (is_nan == 0), x, -float("inf"))
+        x = tl.where((domain >= threshold) & (x == x), x, -float("inf"))
         tl.store(x_ptr + seq * vocab_size + index, x, mask=in_row)
         best = tl.maximum(best, tl.where(in_row, _rank(x, index), 0))
 
@@ -289,21 +290,22 @@ def ladder_kernel(
     top_p_fixed = tl.load(top_p_fixed_ptr + seq)
     x_max, low, high, _, _, _, _ = _bracket(counters_ptr, top_k, top_p_fixed, ROUND)
     pivots = _pivots(low, high, x_max)[:, None]
-    masses = tl.full([NUM_PIVOTS], 0, tl.int64)
-    counts = tl.full([NUM_PIVOTS], 0, tl.int32)
+    # One sum per lane until the end: a reduction per block would cost more than the sums.
+    masses = tl.full([NUM_PIVOTS, BLOCK_SIZE], 0, tl.int64)
+    counts = tl.full([NUM_PIVOTS, BLOCK_SIZE], 0, tl.int32)
 
     for offset in range(start, end, BLOCK_SIZE):
         index = offset + tl.arange(0, BLOCK_SIZE)
         x = tl.load(x_ptr + seq * vocab_size + index, mask=index < end, other=-float("inf"))
         mass = _mass(x, x_max)
         is_above = x[None, :] >= pivots
-        masses += tl.sum(tl.where(is_above, mass[None, :], 0), axis=1)
-        counts += tl.sum(is_above.to(tl.int32), axis=1)
+        masses += tl.where(is_above, mass[None, :], 0)
+        counts += is_above.to(tl.int32)
 
     if start < end:
         sums_ptr = counters_ptr + SUMS + ROUND * 2 * NUM_PIVOTS + tl.arange(0, NUM_PIVOTS)
-        tl.atomic_add(sums_ptr, masses, sem="relaxed")
-        tl.atomic_add(sums_ptr + NUM_PIVOTS, counts.to(tl.int64), sem="relaxed")
+        tl.atomic_add(sums_ptr, tl.sum(masses, 1), sem="relaxed")
+        tl.atomic_add(sums_ptr + NUM_PIVOTS, tl.sum(counts, 1).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -341,49 +343,57 @@ def collect_kernel(
 
 
 @triton.jit
-def _sums_from(list_ptr, list_len, x_max, rank, BLOCK_SIZE: tl.constexpr):
-    """Mass and count of the listed tokens at or above a rank."""
-    mass = tl.full([BLOCK_SIZE], 0, tl.int64)
-    count = tl.full([BLOCK_SIZE], 0, tl.int64)
+def _mass_from(list_ptr, list_len, x_max, rank, BLOCK_SIZE: tl.constexpr):
+    """Mass of the listed tokens at or above a rank."""
+    masses = tl.full([BLOCK_SIZE], 0, tl.int64)
     for offset in range(0, list_len, BLOCK_SIZE):
         place = offset + tl.arange(0, BLOCK_SIZE)
         ranks = tl.load(list_ptr + place, mask=place < list_len, other=-1)
-        is_above = ranks >= rank
-        mass += tl.where(is_above, _mass(_value_of(ranks), x_max), 0)
-        count += is_above.to(tl.int64)
-    return tl.sum(mass, 0), tl.sum(count, 0)
+        masses += tl.where(ranks >= rank, _mass(_value_of(ranks), x_max), 0)
+    return tl.sum(masses, 0)
 
 
 @triton.jit
-def _bisect(
+def _boundary(
     list_ptr,
     list_len,
     x_max,
     low,
+    num_from_low,
     high,
     sum_above,
     target,
     BY_MASS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """The rank at which the sum (mass or count) over the tokens from it upwards reaches target.
+    """A rank from which upwards the sum (mass or count) is the smallest that reaches target.
 
-    Invariant: the sum from low reaches it, the sum from high, at first sum_above, does not. Ranks
-    are distinct, so one token between them is the boundary; at most 52 halvings get there.
+    Invariant: the sum from low reaches it, the sum from high, at first sum_above, does not.
+    num_from_*: listed tokens at or above. Ranks are distinct, so once one token lies between, low
+    is the answer; each step leaves a sixteenth of at most 2**52 ranks, so there are 13 at most.
     """
-    low = tl.where(sum_above >= target, high, low)
-    mass, num_from_low = _sums_from(list_ptr, list_len, x_max, low, BLOCK_SIZE)
-    num_from_high = tl.full([], 0, tl.int64)
+    low = tl.where(sum_above >= target, high, low)  # reached without any token of the list
+    num_from_low = tl.where(sum_above >= target, 0, num_from_low)
+    num_from_high = tl.full([], 0, tl.int32)
     while num_from_low - num_from_high > 1:
-        middle = low + ((high - low) >> 1)
-        mass, count = _sums_from(list_ptr, list_len, x_max, middle, BLOCK_SIZE)
-        found = mass if BY_MASS else count
-        reaches = sum_above + found >= target
-        low = tl.where(reaches, middle, low)
-        num_from_low = tl.where(reaches, count, num_from_low)
-        high = tl.where(reaches, high, middle)
-        num_from_high = tl.where(reaches, num_from_high, count)
-    return low
+        pivots = low + ((high - low) * tl.arange(0, NUM_PIVOTS) >> 4)
+        sums = tl.full([NUM_PIVOTS, BLOCK_SIZE], 0, tl.int64)
+        counts = tl.full([NUM_PIVOTS, BLOCK_SIZE], 0, tl.int32)
+        for offset in range(0, list_len, BLOCK_SIZE):
+            place = offset + tl.arange(0, BLOCK_SIZE)
+            ranks = tl.load(list_ptr + place, mask=place < list_len, other=-1)
+            is_above = ranks[None, :] >= pivots[:, None]
+            counts += is_above.to(tl.int32)
+            if BY_MASS:
+                sums += tl.where(is_above, _mass(_value_of(ranks), x_max)[None, :], 0)
+        num_from = tl.sum(counts, 1)
+        sum_from = tl.sum(sums, 1) if BY_MASS else num_from.to(tl.int64)
+        reaches = sum_from >= target - sum_above
+        low = tl.maximum(low, tl.max(tl.where(reaches, pivots, low), 0))
+        high = tl.minimum(high, tl.min(tl.where(reaches, high, pivots), 0))
+        num_from_low = tl.min(tl.where(reaches, num_from, num_from_low), 0)
+        num_from_high = tl.max(tl.where(reaches, num_from_high, num_from), 0)
+    return low, num_from_low
 
 
 @triton.jit
@@ -398,7 +408,7 @@ def select_kernel(
     NUM_ROUNDS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """The lowest rank that is kept. One program per row; reads the row's list once a halving."""
+    """The lowest rank that is kept. One program per row; reads the row's list once a step."""
     seq = tl.program_id(0).to(tl.int64)
     counters_ptr += seq * num_counters
     top_k = tl.load(top_k_ptr + seq).to(tl.int64)
@@ -410,17 +420,19 @@ def select_kernel(
     ceiling = _first_rank(high)
     list_ptr = ranks_ptr + seq * vocab_size
     list_len = tl.load(counters_ptr + LIST_LEN).to(tl.int32)
+    num_from = list_len
 
     if cuts_k:
-        lowest = _bisect(
-            list_ptr, list_len, x_max, lowest, ceiling, count_above, top_k, False, BLOCK_SIZE
-        )
-        mass, _ = _sums_from(list_ptr, list_len, x_max, lowest, BLOCK_SIZE)
-        total = mass_above + mass
+        lowest, num_from = _boundary(
+            list_ptr, list_len, x_max, lowest, num_from, ceiling, count_above, top_k,
+            False, BLOCK_SIZE,
+        )  # fmt: skip
+        total = mass_above + _mass_from(list_ptr, list_len, x_max, lowest, BLOCK_SIZE)
     target = _mass_target(total, top_p_fixed)
-    lowest = _bisect(
-        list_ptr, list_len, x_max, lowest, ceiling, mass_above, target, True, BLOCK_SIZE
-    )
+    lowest, _ = _boundary(
+        list_ptr, list_len, x_max, lowest, num_from, ceiling, mass_above, target,
+        True, BLOCK_SIZE,
+    )  # fmt: skip
     tl.store(lowest_kept_ptr + seq, lowest)
 
 
@@ -549,17 +561,17 @@ class LaunchConfig(NamedTuple):
 
     num_splits: int
     num_rounds: int = 2
-    block_size: int = 2048
-    ladder_block_size: int = 512
-    list_block_size: int = 1024
+    block_size: int = 1024
+    ladder_block_size: int = 256  # one token per thread; a second one would need 160 registers
+    list_block_size: int = 256
     draw_block_size: int = 1024
-    num_warps: int = 4
+    num_warps: int = 8
 
     @classmethod
     def for_batch(cls, num_seqs: int, vocab_size: int) -> LaunchConfig:
-        # Two programs for each of 132 processors while rows are few, but each with a block or more.
-        num_splits = max(1, min(264 // max(1, num_seqs), triton.cdiv(vocab_size, 512)))
-        return cls(num_splits)
+        # Two programs for each of 132 processors, but a block or more for each program.
+        num_splits = min(264 // max(1, num_seqs), triton.cdiv(vocab_size, cls(1).block_size))
+        return cls(max(1, num_splits))
 
 
 class Scratch(NamedTuple):

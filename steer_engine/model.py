@@ -19,6 +19,7 @@ import torch
 
 from .checkpoint import Checkpoint, ModuleKind
 from .config import FalconConfig
+from .errors import CheckpointError
 from .guidance import PassKind
 from .kv_cache import KVCache
 from .lora import LoraAdapter
@@ -267,6 +268,7 @@ class ModelLoader:
         self.finetune = domain if isinstance(domain, Checkpoint) else None
         self.adapter = domain if isinstance(domain, LoraAdapter) else None
         self.ops, self.dtype, self.device = ops, dtype, device
+        self._changes_logits = self.adapter is None or self.adapter.head is not None
 
     def load(self, max_model_len: int) -> FalconModel:
         """Read all weights. Raises CheckpointError for NaN, infinity, or files that changed since
@@ -285,6 +287,11 @@ class ModelLoader:
         for index in range(config.num_layers):
             layers.append(self._layer(index))
             logger.info("loaded layer %d of %d", index + 1, config.num_layers)
+        if not self._changes_logits:
+            raise CheckpointError(
+                f"{self.adapter.directory}: every LoRA update is 0, so domain and base are the same "
+                "model; train the adapter before using it"
+            )
         tables = None if config.uses_alibi else rotary_tables(config, max_model_len)
         alibi = alibi_table(config, max_model_len).to(self.device) if config.uses_alibi else None
         return FalconModel(
@@ -318,6 +325,7 @@ class ModelLoader:
         weight = self.base.read_linear(layer, kind)
         lora = self.adapter.read(layer, kind) if self.adapter else None
         if lora is not None:
+            self._changes_logits |= bool(lora.a.any() and lora.b.any())
             weight = torch.cat((weight.to(self.dtype), lora.b.to(self.dtype)), dim=1)
         stacked = StackedLinear(
             ops=self.ops,

@@ -100,6 +100,19 @@ def test_a_loaded_adapter_changes_the_domains_logits_and_not_the_bases(base, pla
     torch.testing.assert_close(logits(base, plain, "base"), alone, atol=LOGITS_TOLERANCE, rtol=0)
 
 
+def test_an_adapter_that_was_never_trained_is_refused(adapter, base):
+    """PEFT starts with B = 0: domain and base would be one model."""
+
+    def clear_b(tensors):
+        for name in tensors:
+            if "lora_B" in name:
+                tensors[name] = torch.zeros_like(tensors[name])
+
+    edit_tensors(adapter, clear_b)
+    with pytest.raises(CheckpointError, match="every LoRA update is 0"):
+        Engine.from_pretrained(base, adapter)
+
+
 def test_the_update_equals_pefts_own_delta(base, config, plain, peft_model):
     from peft.tuners.lora import LoraLayer
 
