@@ -1,11 +1,11 @@
 """Does Falcon-7B's shape with a LoRA domain model load and generate within a memory limit?
 
-    python bench/bench_falcon7b.py --work DIR [--config CONFIG] [--tokenizer TOKENIZER] [--prompts 2]
+    python bench/bench_falcon7b.py --work DIR [--config FILE] [--tokenizer FILE] [--prompts 2]
 
 Writes random bf16 weights of Falcon-7B's shape (14.4 GB in shards, lm_head stored beside the equal
-embedding as older checkpoints do) and a rank-16 adapter below --work, unless they are there; then a
-fresh process loads them and generates with all three passes. Prints load time, time per step, and
-the process's peak resident memory, and one JSON line.
+embedding as older checkpoints do) and a rank-16 adapter below --work, unless they are there. A
+fresh process then loads them and generates with all three passes. Prints one JSON line with load
+time, time per step, and the process's peak resident memory.
 """
 
 from __future__ import annotations

@@ -26,15 +26,18 @@ PANEL_SIZE = 16  # output features that lie together in a packed weight
 
 
 def pack_weight(weight: torch.Tensor) -> LinearWeight:
-    """Copy a weight into the kernel's layout: bf16 [N/16, K/2, 16, 2], fp32 [N/16, K, 16],
-    zero-padded.
+    """Copy a weight [N, K] into the kernel's layout, zero-padded.
+
+    bf16: [N/16, K/2, 16, 2].
+    fp32: [N/16, K, 16].
     """
     return LinearWeight(torch.ops.steer_engine.pack_weight(weight.contiguous()), *weight.shape)
 
 
 def embedding(weight: LinearWeight, input_ids: torch.Tensor) -> torch.Tensor:
-    """See reference.embedding. Rows are gathered out of the packed layout, so that a tied head is
-    stored once.
+    """See reference.embedding.
+
+    Rows are gathered out of the packed layout, so that a tied head is stored once.
     """
     num_panels = -(-weight.out_features // PANEL_SIZE)
     panel, column = input_ids // PANEL_SIZE, input_ids % PANEL_SIZE
@@ -46,8 +49,9 @@ def embedding(weight: LinearWeight, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def linear(x, weight: LinearWeight, out, *, bias=None, gelu=False, accumulate=False):
-    """See reference.linear. Every row count runs one arithmetic; x and out may have any row
-    stride.
+    """See reference.linear.
+
+    The arithmetic is the same for every number of rows; x and out may have any row stride.
     """
     torch.ops.steer_engine.linear(x, weight.data, bias, weight.out_features, gelu, accumulate, out)
     return out

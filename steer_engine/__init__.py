@@ -1,6 +1,6 @@
-"""steer_engine: a Falcon decoding engine for synthetic text data, steered away from the base model
-and from repetition.
+"""A Falcon decoding engine for synthetic text data.
 
+Decoding is steered away from the base model and from examples that exist already.
 Start with `Engine.from_pretrained(...)` and `Engine.generate_dataset(...)`.
 """
 

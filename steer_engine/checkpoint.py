@@ -1,8 +1,8 @@
-"""Read Falcon checkpoints: find every mismatch from the headers, then stream the weights tensor by
-tensor.
+"""Read Falcon checkpoints: check them from the headers, then stream the weights.
 
-Only safetensors is read, never pickle. The names that Hugging Face gives to tensors appear here and
-in lora.py alone; the rest of the engine sees `ModuleKind`s and the tensors of `LayerTensors`.
+Every mismatch is found before a weight is read. Only safetensors is read, never pickle. In the
+engine the tensor names of Hugging Face appear here and in lora.py alone; the model sees a layer's
+index and a `ModuleKind`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ FINAL_NORM = "transformer.ln_f"
 
 
 class ModuleKind(Enum):
-    """The four linear modules of a block; the value is the checkpoint's name below
-    `transformer.h.{i}.`.
-    """
+    """The four linear modules of a block; the value is the name below `transformer.h.{i}.`."""
 
     QKV = "self_attention.query_key_value"
     DENSE = "self_attention.dense"
@@ -98,11 +96,14 @@ def expected_shapes(config: FalconConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Checkpoint:
-    """A base or fully fine-tuned checkpoint directory, checked from its headers; weights are read
-    on demand.
+    """A base or fully fine-tuned checkpoint, checked from its headers; weights come on demand.
 
-    Attributes: directory; config (FalconConfig); tensors (name -> TensorInfo); has_stored_head,
-    True where lm_head is in the files (it may still equal the embedding).
+    Attributes:
+        directory: where the checkpoint lies.
+        weight_files: its safetensors files, in name order.
+        config: the sizes, from config.json.
+        tensors: name -> TensorInfo.
+        has_stored_head: whether lm_head is in the files (it may still equal the embedding).
     Raises: CheckpointError, naming file and tensor, for every mismatch between config and files.
     """
 
@@ -153,16 +154,12 @@ class Checkpoint:
         return read_tensor(name, self.tensors[name])
 
     def read_linear(self, layer: int, kind: ModuleKind) -> torch.Tensor:
-        """Weight [out_features, in_features]; query_key_value rows in the order all q, all k, all
-        v.
-        """
+        """Weight [out_features, in_features]; query_key_value has all q rows, then k, then v."""
         weight = self.read(f"transformer.h.{layer}.{kind.value}.weight")
         return order_qkv_rows(weight, self.config) if kind is ModuleKind.QKV else weight
 
     def read_linear_bias(self, layer: int, kind: ModuleKind) -> torch.Tensor | None:
-        """Bias [out_features], ordered like read_linear's rows; None where the model has no
-        biases.
-        """
+        """Bias [out_features] in the order of read_linear's rows; None if the model has none."""
         if not self.config.has_bias:
             return None
         bias = self.read(f"transformer.h.{layer}.{kind.value}.bias")
@@ -184,8 +181,9 @@ class Checkpoint:
         return self.read(EMBEDDING)
 
     def read_untied_head(self) -> torch.Tensor | None:
-        """lm_head [vocab_size, hidden_size], or None where it is tied to (or equals) the
-        embedding.
+        """lm_head [vocab_size, hidden_size]; None where it is tied to or equals the embedding.
+
+        Raises: CheckpointError if config.json ties them and the files hold a different head.
         """
         if not self.has_stored_head:
             return None
@@ -199,7 +197,7 @@ class Checkpoint:
         return self.read(LM_HEAD)
 
     def sha256(self) -> dict[str, str]:
-        """SHA-256 of config.json, tokenizer.json and every weight file, by file name."""
+        """SHA-256 of the configs, tokenizer.json and every weight file, by file name."""
         return hash_files(
             [
                 self.directory / n
@@ -210,12 +208,10 @@ class Checkpoint:
 
 
 def order_qkv_rows(rows: torch.Tensor, config: FalconConfig) -> torch.Tensor:
-    """Reorder query_key_value rows from one group per KV head (its q heads, k, v) to all q, all k,
-    all v.
+    """Reorder query_key_value rows [qkv_size, ...] to all q, then all k, then all v.
 
-    Every Falcon variant stores groups: multi-query is one group, RW-1B is num_heads groups of one q
-    head each.
-    rows: [qkv_size, ...].
+    Every Falcon variant stores one group (its q heads, k, v) per KV head: multi-query is one group,
+    RW-1B is num_heads groups of one q head each.
     """
     num_queries = config.num_heads // config.num_kv_heads
     groups = rows.view(config.num_kv_heads, num_queries + 2, config.head_dim, *rows.shape[1:])
@@ -224,8 +220,9 @@ def order_qkv_rows(rows: torch.Tensor, config: FalconConfig) -> torch.Tensor:
 
 
 def find_weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in name order; CheckpointError names the way out for
-    other formats.
+    """The safetensors files of a checkpoint, in name order.
+
+    Raises: CheckpointError if there are none; for other formats it names the way out.
     """
     # Before the index, as transformers does: a fine-tune may be saved over a sharded base.
     if (directory / SINGLE_NAME).exists():
@@ -241,9 +238,9 @@ def find_weight_files(directory: Path) -> list[Path]:
         remedy = "an unmerged DeepSpeed checkpoint; merge it with its zero_to_fp32.py"
     elif any(n.endswith((".bin", ".pt", ".pth")) for n in names):
         remedy = (
-            'only pickle files, which are never opened; convert with `python -c "from transformers '
-            "import "
-            "AutoModelForCausalLM as M; M.from_pretrained('DIR').save_pretrained('NEW_DIR')\"`"
+            "only pickle files, which are never opened; convert with "
+            '`python -c "from transformers import AutoModelForCausalLM as M; '
+            "M.from_pretrained('DIR').save_pretrained('NEW_DIR')\"`"
         )
     elif "adapter_config.json" in names:
         remedy = "a LoRA adapter; pass it as domain, together with its base"
@@ -268,8 +265,9 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 
 def checked_shard(directory: Path, name: str) -> Path:
-    """The shard's path; CheckpointError if it is missing or is a link out of the directory or its
-    hub cache.
+    """The shard's path.
+
+    Raises: CheckpointError if it is missing, or a link out of the directory and its hub cache.
     """
     path = directory / name
     if not path.is_file():
@@ -288,8 +286,9 @@ def checked_shard(directory: Path, name: str) -> Path:
 
 
 def read_headers(directory: Path, files: list[Path]) -> dict[str, TensorInfo]:
-    """All tensors of the files; CheckpointError if a name occurs twice or not where the index
-    says.
+    """All tensors of the files.
+
+    Raises: CheckpointError if a name occurs twice, or not where the index says.
     """
     tensors: dict[str, TensorInfo] = {}
     for path in files:

@@ -19,10 +19,10 @@ MODEL_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
 class FalconConfig:
     """Sizes and variant of one Falcon model.
 
-    num_kv_heads is what the attention really has: 1 for multi-query (7B), the group count for the
-    new decoder architecture (40B, 180B, 11B), num_heads for RW-1B. num_layer_norms is 2 where
-    attention and MLP of a parallel block have a norm each (40B), 1 where they share it, and 2 for
-    the sequential block (RW).
+    num_kv_heads: what the attention has: 1 for multi-query (7B), the number of groups for the new
+        decoder architecture (40B, 180B, 11B), num_heads for RW-1B.
+    num_layer_norms: per block: 1 where attention and MLP of a parallel block share a norm (7B), 2
+        where they have one each (40B) and for the sequential block (RW).
     """
 
     vocab_size: int
@@ -66,9 +66,7 @@ class FalconConfig:
 
     @classmethod
     def from_dict(cls, values: dict, where: str = "config.json") -> FalconConfig:
-        """Build from a parsed config.json. Raises CheckpointError for what this engine does not
-        run.
-        """
+        """Build from a parsed config.json; CheckpointError for what this engine does not run."""
         model_type = values.get("model_type")
         if model_type not in MODEL_TYPES:
             raise CheckpointError(
@@ -93,8 +91,8 @@ class FalconConfig:
         is_old_40b = model_type == "RefinedWeb" and "n_head_kv" in values
         uses_new_decoder = bool(values.get("new_decoder_architecture", is_old_40b))
         is_parallel = uses_new_decoder or bool(values.get("parallel_attn", True))
-        # Transformers writes num_kv_heads = number of heads for multi-query models too: the flag is
-        # what counts.
+        # transformers writes num_kv_heads = number of heads for multi-query models too, so the
+        # flag decides.
         if uses_new_decoder:
             num_kv_heads = size("num_kv_heads", "n_head_kv", default=num_heads)
         else:
@@ -146,9 +144,7 @@ class FalconConfig:
 
 
 def read_json_object(path: Path) -> dict:
-    """Read a JSON object of at most 10 MB; CheckpointError says what is wrong with the file
-    otherwise.
-    """
+    """Read a JSON object of at most 10 MB; CheckpointError if the file holds anything else."""
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise CheckpointError(
@@ -188,9 +184,7 @@ def _token_ids(values: dict, name: str, vocab_size: int, where: str) -> tuple[in
 
 
 def _refuse_unsupported(values: dict, where: str) -> None:
-    """Refuse, by name, settings that would change the forward pass in a way this engine does not
-    compute.
-    """
+    """Refuse, by name, settings under which the forward pass is not what this engine computes."""
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(values.get(name) or {}, dict):
             raise CheckpointError(f"{where}: {name} must be an object, got {values[name]!r}")

@@ -12,8 +12,7 @@ from .errors import DataError, RunError, nearest_hint
 from .files import write_atomically
 
 TEXT_FIELD = "text"
-# Finish reasons of examples that no attempt could fill; they keep their index but are not part of
-# the data set.
+# Examples that no attempt could fill keep their index but are not part of the data set.
 FAILED_REASONS = ("rejected", "error")
 
 
@@ -21,10 +20,11 @@ FAILED_REASONS = ("rejected", "error")
 class Example:
     """One synthetic example.
 
-    index: its number in the run.    label, prompt: what it was asked for.
+    index: its number in the run.
+    label, prompt: what it was asked for.
     text: stripped of white space at its ends.
-    token_ids: as drawn.    finish_reason: "stop", "eos" or "length"; "rejected" or "error" if every
-        attempt failed.
+    token_ids: as drawn.
+    finish_reason: "stop", "eos" or "length"; "rejected" or "error" if every attempt failed.
     negatives: its negative examples, "real/N" or "synthetic/N".
     attempts: how many were drawn, the last one kept.
     """
@@ -50,8 +50,9 @@ class Example:
 class SyntheticDataset(Sequence[Example]):
     """The examples of a run in index order.
 
-    Attributes: failed: examples that every attempt failed to fill; summary: counts and speed of the
-        run.
+    Attributes:
+        failed: examples that every attempt failed to fill.
+        summary: counts and speed of the run.
     """
 
     def __init__(self, examples: Sequence[Example], summary: dict | None = None):
@@ -94,7 +95,7 @@ class SyntheticDataset(Sequence[Example]):
     def load(cls, run_dir: str | Path) -> SyntheticDataset:
         """Read a run directory, finished or not (a torn last line is left out).
 
-        Raises: RunError if it is none, or a line is damaged.
+        Raises: RunError if it is not a run directory, or a line is damaged.
         """
         run_dir = Path(run_dir)
         path = run_dir / "examples.jsonl"
@@ -121,8 +122,8 @@ def read_summary(run_dir: Path) -> dict:
 def parse_examples(path: Path) -> tuple[list[Example], int]:
     """The complete lines of an examples.jsonl, and how many bytes they take.
 
-    A last line without its line end was torn by a crash and is not counted. Raises RunError for any
-    other damage.
+    A last line without its line end was torn by a crash and is not counted.
+    Raises: RunError for any other damage.
     """
     content = path.read_bytes()
     num_bytes = content.rfind(b"\n") + 1
@@ -144,11 +145,11 @@ def parse_examples(path: Path) -> tuple[list[Example], int]:
 
 
 def read_texts(source: str | Path | Sequence[str] | None) -> list[str]:
-    """Real examples: a list of str, or a .jsonl, .csv or .parquet file with a field "text", or a
-    .txt of lines.
+    """Real examples from a list of str or a file; [] for None.
 
-    White space at the ends and empty examples are dropped. Raises DataError naming file, line and
-    what to do.
+    A .jsonl, .csv or .parquet file needs a field "text" (a .jsonl line may also be a bare string);
+    a .txt file holds one example a line. White space at the ends and empty examples are dropped.
+    Raises: DataError naming the file, the line and what is wrong.
     """
     if source is None:
         return []
@@ -244,8 +245,8 @@ def _text_of(record: object, where: str) -> str:
         names = [str(n) for n in record] if isinstance(record, dict) else []
         found = f"fields {', '.join(names)}" if names else "no fields"
         raise DataError(
-            f'{where}: needs a string field "{TEXT_FIELD}", has '
-            f"{found}{nearest_hint(TEXT_FIELD, names)}"
+            f'{where}: needs a string field "{TEXT_FIELD}", '
+            f"has {found}{nearest_hint(TEXT_FIELD, names)}"
         )
     text = record[TEXT_FIELD]
     if not isinstance(text, str):

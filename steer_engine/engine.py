@@ -35,10 +35,9 @@ Prompt = str | Sequence[int]
 class Completion:
     """One generated text.
 
-    finish_reason: "stop", "eos", "length", or "error" where a logit was NaN or infinite and the
-        sequence was ended.
-    logprobs: of the drawn tokens under the final distribution (after guidance, temperature, top-k
-        and top-p).
+    finish_reason: "stop", "eos", "length", or "error" where a NaN or infinite logit ended it.
+    logprobs: of the drawn tokens, under the distribution they were drawn from (after guidance,
+        temperature, top-k and top-p).
     """
 
     text: str
@@ -48,11 +47,15 @@ class Completion:
 
 
 class Engine:
-    """A loaded base model, an optional domain model, and a KV cache. Create it with
-    `Engine.from_pretrained`.
+    """A loaded base model, an optional domain model, and a KV cache.
 
-    Attributes: config (EngineConfig, resolved); model_config (FalconConfig); tokenizer; has_domain.
-    Not thread-safe: one call at a time.
+    Create it with `Engine.from_pretrained`. Not thread-safe: one call at a time.
+
+    Attributes:
+        config: EngineConfig, resolved.
+        model_config: FalconConfig of the base.
+        tokenizer: shared by both models.
+        has_domain: whether a domain model is loaded.
     """
 
     def __init__(self, pair: ModelPair, config: EngineConfig):
@@ -100,10 +103,11 @@ class Engine:
             base: directory of the model before fine-tuning.
             domain: directory of a full fine-tune or of a PEFT LoRA adapter for base; None: plain
                 decoding of base.
-            The others: see EngineConfig.
-        Raises: CheckpointError for everything that does not fit, found from headers before weights
-            are read; CapacityError if memory does not suffice; ValueError for arguments out of
-            range.
+            device, dtype, backend, max_num_seqs, max_model_len, kv_cache_gib: see EngineConfig.
+        Raises:
+            CheckpointError: something does not fit; found from headers, before weights are read.
+            CapacityError: memory does not suffice.
+            ValueError: an argument is out of range.
         """
         config = EngineConfig(device, dtype, backend, max_num_seqs, max_model_len, kv_cache_gib)
         return cls(ModelPair.open(base, domain), config)
@@ -121,15 +125,16 @@ class Engine:
 
         Args:
             prompts: strings or lists of token ids.
-            negative_prompts: per prompt, the whole text in front of which the sequence continues
-                in the negative pass.
+            negative_prompts: per prompt, the whole text that the sequence continues in the negative
+                pass.
             guidance: None: Guidance.recommended() if there is a domain model and negative_prompts
                 are given, else Guidance.none().
+            sampling: None: SamplingParams().
             seed: int in [0, 2**64).
-        Returns: completions in the order of the prompts; sequence i draws from stream i of the
-            seed.
-        Raises: ValueError for arguments that do not fit; CapacityError if a prompt can never fit
-            the cache.
+        Returns: completions in the order of the prompts; prompt i draws from stream i of the seed.
+        Raises:
+            ValueError: arguments do not fit each other or the model.
+            CapacityError: a prompt can never fit the cache.
         """
         sequences = self._sequences(prompts, negative_prompts, guidance, sampling, seed)
         finished: dict[int, DecodingSequence] = {}
@@ -148,8 +153,7 @@ class Engine:
         guidance: Guidance | None = None,
         sampling: SamplingParams | None = None,
     ) -> torch.Tensor:
-        """The distribution of each prompt's next token: float32 [num_prompts, vocab_size] on the
-        CPU.
+        """Each prompt's next-token distribution: float32 [num_prompts, vocab_size] on the CPU.
 
         Arguments and errors as in `generate`.
         """
@@ -196,22 +200,29 @@ class Engine:
         """Write a synthetic data set with steered decoding.
 
         Args:
-            prompt: the instruction, or {label: instruction}; labels come in turn, so in equal
-                numbers.
+            prompt: the instruction, or {label: instruction}; labels take turns, so their numbers
+                are equal.
             num_examples: size of the data set (an upper bound with `until`).
             real: real examples for the negative prompts: list of str, or a .jsonl, .csv, .parquet
                 or .txt file.
             guidance: None: Guidance.recommended(), or Guidance.none() without a domain model.
-            negatives: see NegativePrompts.    sampling: None: SamplingParams(top_p=0.9).
-            accept: called with each text; False draws the example again, at most max_attempts times
-                in all.
-            until: stop early once the data set has converged.    seed: int in [0, 2**64).
+            negatives: None: NegativePrompts().
+            sampling: None: SamplingParams(top_p=0.9).
+            accept: called with each text; False draws the example again.
+            max_attempts: draws per example in all, after rejections and failed draws.
+            until: stop early once the data set has converged.
+            seed: int in [0, 2**64).
             output: run directory; None keeps the data set in memory only.
             resume: go on with a run that is there.
             progress: show a progress bar on standard error.
-        Returns: SyntheticDataset. With the same engine settings and arguments its bytes are the
+        Returns: SyntheticDataset. With the same engine settings and arguments its examples are the
             same after any number of interruptions.
-        Raises: ValueError, DataError, RunError (directory in use, other settings), CapacityError.
+        Raises:
+            ValueError: arguments do not fit.
+            DataError: real cannot be read.
+            RunError: the directory is in use, damaged or holds a run with other settings, or too
+                many draws met NaN or infinite logits.
+            CapacityError: an example can never fit the cache.
         """
         if guidance is None:
             guidance = Guidance.recommended() if self.has_domain else Guidance.none()
@@ -279,8 +290,10 @@ class Engine:
         return sequence
 
     def encode_prompt(self, prompt: Prompt, name: str = "prompt") -> list[int]:
-        """Token ids of a prompt; an empty one becomes the beginning-of-text token, since a model
-        needs one token.
+        """Token ids of a prompt.
+
+        An empty one becomes the beginning-of-text token, since a model needs one token.
+        Raises: ValueError, calling the prompt by `name`.
         """
         if isinstance(prompt, str):
             if not is_unicode(prompt):
@@ -346,7 +359,7 @@ class Engine:
     ) -> Iterator[tuple[torch.Tensor, DecodeRows]]:
         """Logits behind the prompts, in order, as many sequences at a time as fit.
 
-        While one is handled, `scheduler.running` holds its sequences.
+        While one item is handled, `scheduler.running` holds its sequences.
         """
         self.scheduler.waiting.extend(sequences)
         try:

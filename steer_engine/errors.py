@@ -1,6 +1,4 @@
-"""What the engine raises where bad input is at fault: one line with what is wrong, where, and what
-to do.
-"""
+"""The engine's errors: one line that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ class SteerError(Exception):
 
 
 class CheckpointError(SteerError, ValueError):
-    """A checkpoint, adapter or tokenizer cannot be read, or does not fit the model it is used
-    with.
-    """
+    """A checkpoint, adapter or tokenizer cannot be read, or does not fit its model."""
 
 
 class CapacityError(SteerError, RuntimeError):
@@ -24,7 +20,7 @@ class CapacityError(SteerError, RuntimeError):
 
 
 class RunError(SteerError, RuntimeError):
-    """A run directory is in use, damaged, or holds a run with other settings."""
+    """A run cannot go on: its directory is unusable or holds another run, or its draws fail."""
 
 
 class DataError(SteerError, ValueError):
@@ -46,8 +42,10 @@ def check_number(
     low_is_open: bool = False,
     is_int: bool = False,
 ) -> None:
-    """Raise ValueError, naming argument, range and what came, unless value is a finite number in
-    [low, high].
+    """Raise ValueError unless value is a finite number in [low, high].
+
+    low_is_open: low itself is refused too.
+    is_int: only an int will do.
     """
     kinds = (int,) if is_int else (int, float)
     is_number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)

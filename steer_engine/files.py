@@ -23,8 +23,9 @@ def write_all(descriptor: int, content: bytes) -> None:
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Write a whole file so that a crash leaves the old one or the new one: write beside it, fsync,
-    rename.
+    """Write a whole file so that a crash leaves the old one or the new one.
+
+    Written beside it, synced, then renamed.
     """
     partial = path.with_name(path.name + ".partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -4,9 +4,8 @@
         --output adapters/astro
 
 Each example is trained as prompt, space, text, end-of-text; only text and end-of-text count in the
-loss. A record may name its own prompt in a field "prompt". One example in twenty is held out and
-its loss is printed after every epoch; the adapter of the best epoch is kept. transformers and peft
-do the work.
+loss. A record may name its own prompt in a field "prompt". One example in twenty is held out, and
+their loss is logged after every epoch; the adapter of the best epoch is kept.
 """
 
 from __future__ import annotations
@@ -74,8 +73,9 @@ def collate(examples: list[tuple[list, list]], pad_id: int) -> tuple[torch.Tenso
 
 
 def batch_loss(model, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Mean cross-entropy (nats) over the labels. Padding stands behind the text, so causality hides
-    it.
+    """Mean cross-entropy (nats) over the labels.
+
+    No mask is needed: padding stands behind the text, where causal attention does not look.
     """
     device = next(model.parameters()).device
     input_ids, labels = (t.to(device) for t in batch)
@@ -100,8 +100,9 @@ def mean_loss(model, examples: list, config: FinetuneConfig, pad_id: int) -> flo
 
 
 def finetune(base: Path, train: Path, prompt: str | None, output: Path, config: FinetuneConfig):
-    """Train an adapter and write it with its tokenizer-free PEFT files; returns held-out losses per
-    epoch.
+    """Train an adapter and write it as PEFT does, without a tokenizer.
+
+    Returns: held-out losses, one before training and one per epoch.
     """
     from peft import LoraConfig, get_peft_model
     from tokenizers import Tokenizer

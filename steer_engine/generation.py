@@ -1,8 +1,8 @@
 """One run of generate_dataset: which example starts when, what is kept, and when the run is over.
 
-Examples start in index order, each as soon as the pool that its negatives are drawn from is
-complete; they end in any order and are written in index order. Nothing that is drawn depends on
-when an example ran or beside which others.
+Examples start in index order, each as soon as the pool of its negatives is complete; they end in
+any order and are written in index order. What is drawn for an example does not depend on when it
+ran or beside which others.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Convergence:
     """When to stop early (Algorithm 1's "while the data set has not converged").
 
     The run ends after a window of examples whose share of new 3-grams of tokens falls below the
-    tolerance. Windows are counted from index 0; num_examples stays the upper bound. Source: O'Neill
-    et al. 2023, Algorithm 1; the measure is ours, the paper names none.
+    tolerance. Windows are counted from index 0; num_examples stays the upper bound.
+    Source: O'Neill et al. 2023, Algorithm 1; the measure is ours, the paper names none.
     """
 
     tolerance: float
@@ -62,9 +62,7 @@ class Convergence:
 
 @dataclass(frozen=True)
 class DatasetRequest:
-    """What generate_dataset was asked for, checked; see Engine.generate_dataset for the meaning of
-    the fields.
-    """
+    """What generate_dataset was asked for, checked; fields as in Engine.generate_dataset."""
 
     prompts: dict[str, str]
     num_examples: int
@@ -236,9 +234,7 @@ class DatasetRun:
         return self.has_converged or len(examples) >= self.request.num_examples
 
     def _queue(self, next_index: int, num_written: int) -> int:
-        """Queue examples while there are free places and their pools are complete; returns the next
-        index.
-        """
+        """Queue examples while places are free and pools complete; returns the next index."""
         scheduler, request = self.engine.scheduler, self.request
         places = scheduler.max_num_seqs - len(scheduler.running) - len(scheduler.waiting)
         while (
@@ -319,8 +315,8 @@ class DatasetRun:
         ):
             raise RunError(
                 f"{self.num_errors} of {self.num_session_attempts} attempts met NaN or infinite "
-                "logits; the weights or "
-                "the guidance are unusable (try dtype=float32, or smaller weights)"
+                "logits; the weights or the guidance are unusable "
+                "(try dtype=float32, or smaller weights)"
             )
 
     def _write(self, run: RunDirectory | _MemoryRun) -> None:

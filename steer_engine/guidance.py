@@ -29,8 +29,9 @@ class Guidance:
     Attributes:
         domain, base, negative: finite weights; a pass of weight 0 is not run.
         alpha: in [0, 1]; keep a token only if its domain logit is at least max + ln(alpha); 0 is
-            off (contrastive decoding's plausibility constraint, Li et al. 2023, arXiv:2210.15097).
+            off.
     Raises: ValueError if a weight is not finite, all are 0, or alpha is out of range.
+    Source: alpha, the plausibility constraint of Li et al. 2023 (arXiv:2210.15097).
     """
 
     domain: float = 1.0
@@ -56,9 +57,10 @@ class Guidance:
     ) -> Guidance:
         """STEER: contrastive expert guidance (gamma) plus negative prompting (eta).
 
-        form="paper", the equations as printed: (1 + eta, -gamma, 1 - eta), whose sum 2 - gamma
-        sharpens. form="released", the authors' published code: (1 + gamma, -gamma, -eta), whose sum
-        1 - eta flattens.
+        form="paper": the equations as printed, (1 + eta, -gamma, 1 - eta); the sum 2 - gamma
+            sharpens.
+        form="released": the authors' published code, (1 + gamma, -gamma, -eta); the sum 1 - eta
+            flattens.
         Source: O'Neill et al. 2023.
         """
         check_number("gamma", gamma)
@@ -71,9 +73,7 @@ class Guidance:
 
     @classmethod
     def recommended(cls) -> Guidance:
-        """steer(0.2, 0.2, form="released"): the rule and settings that the paper's data was made
-        with.
-        """
+        """steer(0.2, 0.2, form="released"): rule and settings behind the paper's data."""
         return cls.steer(0.2, 0.2, form="released")
 
     @classmethod

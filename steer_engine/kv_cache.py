@@ -1,10 +1,9 @@
-"""The paged KV cache: blocks of fixed size, reference-counted, shared between sequences with equal
-prefixes.
+"""The paged KV cache: reference-counted blocks, shared between sequences with equal prefixes.
 
 A prefix is shared when weight set and tokens are equal from the first token on. Whole blocks are
 shared by reference; the tokens behind the last whole block are copied into a block of the
 sequence's own, because it will append there. A block whose last user is gone keeps its content
-until it is needed, least recently used first.
+until the block is needed; the least recently used goes first.
 """
 
 from __future__ import annotations
@@ -30,8 +29,11 @@ class WeightSet(IntEnum):
 
 @dataclass(frozen=True)
 class PrefixKey:
-    """Identifies a block's content: the entry before it and the tokens inside (a full block, or a
-    shorter tail).
+    """Identifies a block's content: the entry before it and the tokens inside.
+
+    weight_set: whose K and V they are.
+    parent: entry id of the prefix before the block; ROOT for a first block.
+    token_ids: a full block, or a shorter tail.
     """
 
     weight_set: WeightSet
@@ -43,11 +45,12 @@ class PrefixKey:
 class Allocation:
     """The blocks of one pass of one sequence.
 
-    block_table: block numbers in order, the first num_shared of them shared.
-    num_cached: tokens of the prefix whose
-    K and V need no computing.
-    copy_from: a block whose first `num_copied` slots are to be copied into the first block that is
-    not shared, once their writer has run; None where nothing is copied.
+    block_table: block numbers in order.
+    num_shared: how many of them, from the front, are shared with other sequences.
+    num_cached: tokens of the prefix whose K and V need no computing.
+    copy_from: block to copy a tail from, once its writer has run; None where nothing is to copy.
+    num_copied: how many slots of it, from the front.
+    copy_to: block to copy them to, the first that is not shared.
     """
 
     block_table: list[int]
@@ -97,12 +100,13 @@ class KVCache:
     def allocate(
         self, weight_set: WeightSet, prefix: Sequence[int], num_tokens: int
     ) -> Allocation | None:
-        """Take all blocks that a sequence of num_tokens will ever need; None if there are not
-        enough.
+        """Take all blocks that a sequence of num_tokens will need; None if too few are free.
 
-        prefix: the tokens that are known now (prompt without its last token); those found in the
-        cache are shared. The caller must write K and V of prefix[num_cached:] before any later
-        allocation's tokens run.
+        The caller must write K and V of prefix[num_cached:] before the tokens of any later
+        allocation run.
+
+        prefix: the tokens that are known now (the prompt without its last token); those found in
+            the cache are shared.
         """
         entries, parent = self._match_full_blocks(weight_set, prefix)
         num_shared = len(entries)
@@ -136,9 +140,7 @@ class KVCache:
         return allocation
 
     def discard(self, allocation: Allocation) -> None:
-        """Give back an allocation whose tokens will never run: nobody may find the blocks it meant
-        to write.
-        """
+        """Give back an allocation that never ran; its unwritten blocks must not be found later."""
         for block in allocation.block_table[allocation.num_shared :]:
             self._forget(block)
         self.free(allocation)
@@ -166,8 +168,7 @@ class KVCache:
         if allocation.copy_from is not None:
             self._release(allocation.copy_from)
             allocation.copy_from = None
-        # Last block first: the front of a prefix is worth more than its end, so it is evicted
-        # later.
+        # Last block first, so that the front of a prefix, which more sequences share, goes last.
         for block in reversed(allocation.block_table):
             self._release(block)
 
@@ -188,9 +189,7 @@ class KVCache:
     def _register(
         self, weight_set: WeightSet, parent: int, token_ids: tuple[int, ...], blocks: list[int]
     ) -> None:
-        """Make the blocks that this sequence will write findable, the tail behind the last full
-        block included.
-        """
+        """Make the blocks that this sequence will write findable, its tail included."""
         for index, first in enumerate(range(0, len(token_ids), self.block_size)):
             key = PrefixKey(weight_set, parent, token_ids[first : first + self.block_size])
             block = blocks[index]

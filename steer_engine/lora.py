@@ -1,9 +1,10 @@
 """Read PEFT LoRA adapters for Falcon, and refuse by name what cannot be applied exactly.
 
-y = W x + scale * B (A x) with scale = lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised
-LoRA.
-Source: LoRA, Hu et al. 2021 (arXiv:2106.09685); rsLoRA, Kalajdzievski 2023 (arXiv:2312.03732); file
-    format of PEFT.
+    y = W x + scale * B (A x)
+
+scale is lora_alpha / r, or lora_alpha / sqrt(r) with rank-stabilised LoRA.
+Source: LoRA, Hu et al. 2021 (arXiv:2106.09685); rsLoRA, Kalajdzievski 2023 (arXiv:2312.03732); the
+    file format is PEFT's.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ CHANGED_BASE_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoraWeights(NamedTuple):
-    """One module's update: a [r, in_features]; b [out_features, r], already multiplied by the
-    scale. fp32.
+    """One module's update, in fp32.
+
+    a: [r, in_features].
+    b: [out_features, r], already multiplied by the scale.
     """
 
     a: torch.Tensor
@@ -77,7 +80,7 @@ class LoraAdapter:
         """Check an adapter against the base's config from its headers alone.
 
         Raises: CheckpointError for adapter kinds that this engine does not apply, for tensors that
-        do not fit the base, and for an adapter without a LoRA tensor.
+            do not fit the base, and for an adapter with neither a LoRA tensor nor an lm_head.
         """
         directory = Path(directory)
         settings = read_json_object(directory / CONFIG_NAME)
@@ -107,8 +110,9 @@ class LoraAdapter:
         return cls(directory, config, pairs, head)
 
     def read(self, layer: int, kind: ModuleKind) -> LoraWeights | None:
-        """A and scaled B of one module in fp32, rows ordered as Checkpoint.read_linear's; None if
-        not adapted.
+        """A and scaled B of one module, or None if it is not adapted.
+
+        B's rows are ordered as those of Checkpoint.read_linear.
         """
         pair = self.pairs.get((layer, kind))
         if pair is None:
@@ -137,8 +141,7 @@ def _refuse_unsupported(settings: dict, directory: Path) -> None:
     if isinstance(init, str) and init.lower().startswith(CHANGED_BASE_INITS):
         raise CheckpointError(
             f"{where}: init_lora_weights={init} changes the base weights; merge the adapter into "
-            "its base first "
-            "(PEFT's merge_and_unload) and pass the merged model as domain"
+            "its base first (PEFT's merge_and_unload) and pass the merged model as domain"
         )
     refused = {
         "use_dora": "DoRA is not applied; merge it first (merge_and_unload)",
@@ -165,9 +168,7 @@ def _refuse_unsupported(settings: dict, directory: Path) -> None:
 
 
 def _normalised_names(tensors: dict[str, TensorInfo], path: Path) -> dict[str, TensorInfo]:
-    """Strip PEFT's and torch.compile's wrappers from the names; CheckpointError if two names become
-    one.
-    """
+    """Strip PEFT's and torch.compile's wrappers from the names; two may not become one."""
     normalised: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         short = name.replace("_orig_mod.", "").replace(".default.", ".")
@@ -235,8 +236,10 @@ def _reason_unknown(name: str) -> str:
 
 
 def _setting_for(module: str, settings: dict, name: str, pattern_name: str, path: Path) -> float:
-    """A module's r or lora_alpha: that of the first pattern which matches the end of the module's
-    name, as PEFT reads it, else the adapter's own.
+    """A module's r or lora_alpha.
+
+    As PEFT reads it: that of the first pattern which matches the end of the module's name, else the
+    adapter's own.
     """
     where = path.with_name(CONFIG_NAME)
     patterns = settings.get(pattern_name) or {}

@@ -14,7 +14,7 @@ from .errors import CapacityError, check_number
 from .guidance import PassKind
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BLOCK_SIZE = 64  # tokens per cache page; the GPU attention kernel's tile
+BLOCK_SIZE = 64  # tokens per block of the KV cache
 CPU_CACHE_SHARE = 0.4  # of the memory that is available once the weights are loaded
 CUDA_CACHE_SHARE = 0.9
 CGROUP = Path("/sys/fs/cgroup")
@@ -28,9 +28,10 @@ class EngineConfig:
     Attributes:
         device: "cpu", "cuda", "cuda:1" or "auto".
         dtype: "float32", "bfloat16" or "auto" (bf16 where it is fast).
-        backend: "reference", "cpu" or "auto".    max_num_seqs: sequences that run side by side.
-        max_model_len: longest prompt plus completion, in tokens; None: what the model was trained
-            for.
+        backend: "reference", "cpu" or "auto".
+        max_num_seqs: sequences that run side by side.
+        max_model_len: longest prompt plus completion, in tokens; None: the model's
+            max_position_embeddings.
         kv_cache_gib: size of the KV cache; None: enough for max_num_seqs sequences of max_model_len
             with three passes, within 40 % of the free memory (90 % on a GPU).
         max_prefill_tokens: prompt tokens per forward.
@@ -55,8 +56,10 @@ class EngineConfig:
             raise ValueError(f"dtype must be auto, {' or '.join(DTYPES)}, got {self.dtype!r}")
 
     def resolve(self, model: FalconConfig) -> EngineConfig:
-        """The same configuration without "auto" and None, except for kv_cache_gib, which needs the
-        loaded weights.
+        """The same configuration without "auto" and None.
+
+        kv_cache_gib may stay None: num_cache_blocks decides it once the weights are loaded.
+        Raises: ValueError if a setting does not fit the machine or the model.
         """
         name = self.device
         if name == "auto":
@@ -75,8 +78,8 @@ class EngineConfig:
         if dtype == "auto":
             dtype = "bfloat16" if has_fast_bf16(device) else "float32"
         max_model_len = self.max_model_len or model.max_position_embeddings
-        # Alibi extrapolates; rotary positions beyond the trained context give text that looks fine
-        # and is not.
+        # Alibi extrapolates. Rotary positions beyond the trained context raise no error and give
+        # bad text.
         if max_model_len > model.max_position_embeddings and not model.uses_alibi:
             raise ValueError(
                 f"max_model_len {max_model_len} is over the model's context of "
@@ -99,10 +102,10 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def num_cache_blocks(config: EngineConfig, model: FalconConfig) -> int:
-    """Blocks of the KV cache: as kv_cache_gib says, else as many as can be used, within free
-    memory.
+    """Blocks of the KV cache: kv_cache_gib, else as many as can be used within free memory.
 
-    config: resolved. Raises: CapacityError if not one block fits.
+    config: resolved.
+    Raises: CapacityError if not one block fits.
     """
     device, dtype = torch.device(config.device), DTYPES[config.dtype]
     block_bytes = 2 * model.num_layers * BLOCK_SIZE * model.num_kv_heads * model.head_dim
@@ -125,9 +128,7 @@ def num_cache_blocks(config: EngineConfig, model: FalconConfig) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated now: free device memory, or the machine's within its container's
-    limit.
-    """
+    """Bytes that can be allocated now, on a CPU within the container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()

@@ -1,10 +1,10 @@
-"""The Falcon forward pass over stacked rows: domain and negative rows first, base rows behind one
-boundary.
+"""The Falcon forward pass over the stacked rows of all passes.
 
-A LoRA domain model shares the base's weights: W and scale*B lie side by side in one matrix [W |
-scale*B], and the input is [x | A x] for domain rows, [x | 0] for base rows, so one product serves
-all passes. A full fine-tune has weights of its own and splits each product at the boundary. The
-residual stream is fp32.
+Rows of the domain weights (domain and negative passes) come first, the base's behind one boundary.
+A LoRA domain model shares the base's weights: an adapted module is one matrix [W | scale*B], and
+its input is [x | A x] for domain rows, [x | 0] for base rows, so one product serves all passes. A
+full fine-tune has weights of its own and splits each product at the boundary. The residual stream
+is fp32.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ logger = logging.getLogger(__name__)
 class Batch(NamedTuple):
     """What one forward reads, flat over tokens; decode tokens and prefill tokens look alike.
 
-    input_ids: [num_tokens] int64.    positions: [num_tokens] int32.
-    slot_mapping: [num_tokens] int64, where K and V
-    go.    block_tables: [num_tables, max_blocks] int32.
+    input_ids: [num_tokens] int64.
+    positions: [num_tokens] int32.
+    slot_mapping: [num_tokens] int64, the cache slot where each token's K and V go.
+    block_tables: [num_tables, max_blocks] int32, one table per pass of a sequence.
     table_ids: [num_tokens] int32, each token's table.
     seq_lens: [num_tokens] int32, keys that each token sees.
     num_domain_tokens: tokens before the boundary.
@@ -51,8 +52,10 @@ class Batch(NamedTuple):
 class StackedLinear:
     """One linear module for both weight sets.
 
-    weight: the base's, with scale*B beside it where lora_a is set.
-    domain_weight: a full fine-tune's own weight.
+    ops: the backend's module of functions.
+    weight, bias: the base's; scale*B stands beside the weight where lora_a is set.
+    domain_weight, domain_bias: a full fine-tune's own; None where the domain shares the base's.
+    lora_a: A of an adapter, or None.
     """
 
     ops: ModuleType
@@ -65,8 +68,10 @@ class StackedLinear:
     def __call__(
         self, x: torch.Tensor, num_domain: int, out: torch.Tensor, **epilogue
     ) -> torch.Tensor:
-        """x: [num_rows, in_features]; rows below num_domain use the domain weights. Writes and
-        returns out.
+        """Apply the module to x, [num_rows, in_features]; writes and returns out.
+
+        num_domain: rows below it use the domain weights.
+        epilogue: gelu or accumulate, see reference.linear.
         """
         linear = self.ops.linear
         if self.domain_weight is not None:
@@ -88,8 +93,9 @@ class StackedLinear:
 
 @dataclass
 class StackedNorm:
-    """A LayerNorm for both weight sets; domain is None where they share it. Tensors: [hidden_size]
-    fp32.
+    """A LayerNorm for both weight sets.
+
+    base, domain: (weight, bias), each [hidden_size] fp32; domain is None where the base's serves.
     """
 
     ops: ModuleType
@@ -98,7 +104,7 @@ class StackedNorm:
     domain: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, x: torch.Tensor, num_domain: int, dtype: torch.dtype) -> torch.Tensor:
-        """x: [num_rows, hidden_size] fp32. Returns the same shape in dtype."""
+        """Normalise x, [num_rows, hidden_size] fp32; returns the same shape in dtype."""
         out = torch.empty_like(x, dtype=dtype)
         if self.domain is None:
             return self.ops.layer_norm(x, *self.base, self.eps, out)
@@ -120,8 +126,8 @@ class Layer:
 class FalconModel:
     """Weights of one or both models, and the forward pass over stacked rows.
 
-    domain_embedding, domain_head and domain parts of the layers are None where the base's serve. A
-    head that is tied is the embedding itself.
+    Domain parts (domain_embedding, domain_head, those of the layers) are None where the base's
+    serve. A tied head is the embedding itself.
     """
 
     config: FalconConfig
@@ -139,8 +145,9 @@ class FalconModel:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
-        """Run all tokens of the batch and write their K and V. Returns the residual [num_tokens,
-        hidden_size] fp32.
+        """Run all tokens of the batch and write their K and V.
+
+        Returns: the residual, [num_tokens, hidden_size] fp32.
         """
         config, num_domain = self.config, batch.num_domain_tokens
         num_tokens = batch.input_ids.shape[0]
@@ -195,7 +202,7 @@ class FalconModel:
 
         residual: [num_tokens, hidden_size] fp32.
         logit_rows: [num_passes, num_seqs] int64, rows of residual.
-        passes: the kind of each first index, which decides the weight set.
+        passes: the kind of each line of logit_rows, which decides the weight set.
         """
         num_passes, num_seqs = logit_rows.shape
         shape = (num_passes, num_seqs, self.config.vocab_size)
@@ -226,8 +233,10 @@ class FalconModel:
 
 
 def rotary_tables(config: FalconConfig, max_model_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * theta**(-2 i / head_dim): [max_model_len, head_dim / 2] fp32
-    each.
+    """cos and sin of position * theta**(-2 i / head_dim).
+
+    Returns: two tables, [max_model_len, head_dim / 2] fp32 each.
+    Source: RoPE, Su et al. 2021 (arXiv:2104.09864).
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
@@ -236,11 +245,13 @@ def rotary_tables(config: FalconConfig, max_model_len: int) -> tuple[torch.Tenso
 
 
 def alibi_table(config: FalconConfig, max_model_len: int) -> torch.Tensor:
-    """Alibi's bias per head and key position, divided by sqrt(head_dim): [num_heads, max_model_len]
-    fp32.
+    """Alibi's bias per head and key position, divided by sqrt(head_dim).
 
-    Falcon-RW was trained with slopes and positions rounded to bf16, and so with their product;
-    rounding alike keeps the logits. Source: Press et al. 2021 (arXiv:2108.12409).
+    Falcon-RW was trained with slopes, positions and their products rounded to bf16; rounding alike
+    keeps the logits.
+
+    Returns: [num_heads, max_model_len] fp32.
+    Source: Press et al. 2021 (arXiv:2108.12409).
     """
     power = 2 ** math.floor(math.log2(config.num_heads))
     num_extra = config.num_heads - power
@@ -252,9 +263,7 @@ def alibi_table(config: FalconConfig, max_model_len: int) -> torch.Tensor:
 
 
 class ModelLoader:
-    """Streams checkpoints into a FalconModel, packing tensor by tensor, so that no second copy of
-    the weights exists.
-    """
+    """Streams checkpoints into a FalconModel tensor by tensor, so no second copy exists."""
 
     def __init__(
         self,
@@ -271,8 +280,10 @@ class ModelLoader:
         self._changes_logits = self.adapter is None or self.adapter.head is not None
 
     def load(self, max_model_len: int) -> FalconModel:
-        """Read all weights. Raises CheckpointError for NaN, infinity, or files that changed since
-        they were checked.
+        """Read all weights.
+
+        Raises: CheckpointError for NaN, infinity, files that changed since they were checked, and
+            an adapter whose updates are all 0.
         """
         config = self.base.config
         embedding = self._pack(self.base.read_embedding())
@@ -289,8 +300,8 @@ class ModelLoader:
             logger.info("loaded layer %d of %d", index + 1, config.num_layers)
         if not self._changes_logits:
             raise CheckpointError(
-                f"{self.adapter.directory}: every LoRA update is 0, so domain and base are the same "
-                "model; train the adapter before using it"
+                f"{self.adapter.directory}: every LoRA update is 0, so domain and base are the "
+                "same model; train the adapter before using it"
             )
         tables = None if config.uses_alibi else rotary_tables(config, max_model_len)
         alibi = alibi_table(config, max_model_len).to(self.device) if config.uses_alibi else None

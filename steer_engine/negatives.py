@@ -1,5 +1,4 @@
-"""The negative pool: which real and generated examples stand in front of a sequence's negative
-pass.
+"""The negative pool: which examples stand in the prompt of a sequence's negative pass.
 
 Example i draws from all real examples and the synthetic ones with index < first - lag, where first
 is the first index of its group of `share` examples. The draw is keyed by seed and first, so it
@@ -23,14 +22,15 @@ AS_MANY_AS_FIT = "max"
 
 @dataclass(frozen=True)
 class NegativePrompts:
-    """What stands in front of the negative pass.
+    """How the prompt of the negative pass is made.
 
     Attributes:
-        num_examples: how many examples; 0: none, the negative pass then sees the prompt alone;
-            "max": as many as fit.
-        template: layout, with {examples} and, unless it is left out as in the authors' released
-            code (template="{examples}"), {prompt}.    separator: stands between examples.
-        lag: synthetic examples become negatives for those more than lag behind them; 0 is the
+        num_examples: how many examples; 0: none, so the negative pass sees the prompt alone; "max":
+            as many as fit.
+        template: layout, with {examples} and {prompt}; {prompt} may be left out, as in the authors'
+            released code (template="{examples}").
+        separator: stands between examples.
+        lag: a synthetic example becomes a negative for those more than lag after it; 0 is the
             strictly sequential algorithm; None: max_num_seqs.
         share: so many consecutive examples get the same negatives, whose prefix is then computed
             once.
@@ -75,8 +75,7 @@ class NegativePrompts:
         """The text of the negative prompt; the prompt alone where there are no examples."""
         if not examples:
             return prompt
-        # Not str.format, and the template is split first: what is put in may hold braces of its
-        # own.
+        # Not str.format, and the template is split first: what is put in may hold braces itself.
         parts = self.template.split("{prompt}")
         joined = self.separator.join(examples)
         return prompt.join(part.replace("{examples}", joined) for part in parts)
@@ -104,16 +103,13 @@ class NegativePool:
         self._synthetic: list[str] = []
 
     def add(self, index: int, text: str) -> None:
-        """Add an accepted example; indices come in ascending order. Empty texts are no use as
-        negatives.
-        """
+        """Add an accepted example unless it is empty; indices come in ascending order."""
         if text.strip():
             self._synthetic_indices.append(index)
             self._synthetic.append(text.strip())
 
     def draw(self, index: int, prompt: str, max_tokens: int) -> NegativePrompt:
-        """The negative prompt of example `index`, cut by whole examples to at most max_tokens
-        tokens.
+        """The negative prompt of example `index`, cut by whole examples to max_tokens.
 
         If not even the prompt alone fits, it is returned as it is; its length is checked where it
         is queued.
@@ -135,9 +131,7 @@ class NegativePool:
         return NegativePrompt(token_ids, [self._source(member) for member in kept])
 
     def num_wanted(self, index: int) -> int:
-        """Examples that were meant to stand in front of example `index`; with "max" only what fits
-        is meant.
-        """
+        """Negatives that example `index` was meant to have; 0 with "max", which takes what fits."""
         if self.settings.num_examples == AS_MANY_AS_FIT:
             return 0
         return min(self.settings.num_examples, self._pool_size(index))
@@ -170,8 +164,8 @@ class NegativePool:
 def sample_without_replacement(size: int, seed: int, stream_id: int) -> Iterator[int]:
     """A random permutation of range(size), lazily: the first k values cost O(k), whatever the size.
 
-    Fisher-Yates over a sparse array; the j-th value uses Philox counter (j, stream_id), 64 bits
-    scaled to the rest.
+    Fisher-Yates over a sparse array. The j-th value scales the 64 random bits of counter
+    (j, stream_id) to the values that are left.
     """
     moved: dict[int, int] = {}
     for position in range(size):

@@ -1,7 +1,8 @@
 """The one place that picks an implementation of an op: by backend name, or by device with "auto".
 
-`reference` is plain PyTorch and defines every op; `cpu` is the compiled library (csrc). All
-implementations offer the same functions, so the model holds one module of them and calls it.
+`reference` is plain PyTorch and defines every op; `cpu` is the compiled library (csrc). Both offer
+the same functions, so the model holds one module of them and calls it. `triton` and `cuda` are
+names without an implementation here, and are refused.
 """
 
 from __future__ import annotations
@@ -80,13 +81,11 @@ def implementation(backend: str) -> ModuleType:
 
 
 def guided_sample(logits, weights, *, backend: str = "auto", **arguments) -> reference.Sampled:
-    """Combine the passes' logits and draw one token per sequence; see
-    kernels.reference.guided_sample.
-    """
+    """Draw one token per sequence from the combined logits; see reference.guided_sample."""
     module = implementation(resolve_backend(backend, logits.device))
     return module.guided_sample(logits, weights, **arguments)
 
 
 def guided_probs(logits, weights, **arguments) -> torch.Tensor:
-    """The distribution that guided_sample draws from; see kernels.reference.guided_probs."""
+    """The distribution that guided_sample draws from, by the reference on every backend."""
     return reference.guided_probs(logits, weights, **arguments)

@@ -34,9 +34,10 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Option:
-    """One option. kind: str, int, float, bool, or list (of str). default: None where it is resolved
-    later.
+    """One option.
 
+    kind: str, int, float, bool, or list (of str).
+    default: None where it is resolved later.
     shown_default: what help says if default is None.
     """
 
@@ -102,8 +103,9 @@ BY_NAME = {option.name: option for option in OPTIONS}
 
 
 def read_run_file(path: Path) -> dict[str, Any]:
-    """Options from a YAML run file. UsageError for unknown names (with the nearest known one) and
-    wrong types.
+    """Options from a YAML run file.
+
+    Raises: UsageError for unknown names (with the nearest known one) and wrong types.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -165,9 +167,7 @@ def flag(name: str) -> str:
 
 
 def build_prompts(values: dict[str, Any]) -> str | dict[str, str]:
-    """The prompt, or {label: prompt}. UsageError unless exactly one of --prompt and --prompts is
-    given.
-    """
+    """The prompt, or {label: prompt}; UsageError unless one of --prompt and --prompts is given."""
     if (values["prompt"] is None) == (values["prompts"] is None):
         raise UsageError("give either --prompt TEXT or --prompts FILE")
     if values["prompt"] is not None:
@@ -188,9 +188,7 @@ def build_prompts(values: dict[str, Any]) -> str | dict[str, str]:
 
 
 def build_guidance(values: dict[str, Any]) -> Guidance:
-    """The guidance of method, gamma, eta, form, scale and alpha. UsageError where they do not go
-    together.
-    """
+    """Guidance of the options; UsageError where they do not go together."""
     has_domain = values["domain"] is not None
     method = values["method"] or ("steer" if has_domain else "none")
     if method not in METHODS:

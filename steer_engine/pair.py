@@ -1,6 +1,4 @@
-"""Opens a base checkpoint, its domain model and their tokenizer, and checks that they belong
-together.
-"""
+"""Opens a base, its domain model and their tokenizer, and checks that they belong together."""
 
 from __future__ import annotations
 
@@ -66,15 +64,12 @@ def check_vocabulary(tokenizer: Tokenizer, config: FalconConfig, directory: Path
     if tokenizer.vocab_size > config.vocab_size:
         raise CheckpointError(
             f"{directory}: tokenizer.json has {tokenizer.vocab_size} entries, the model "
-            f"{config.vocab_size}; "
-            "they do not belong together"
+            f"{config.vocab_size}; they do not belong together"
         )
 
 
 def check_same_architecture(base: Checkpoint, domain: Checkpoint) -> None:
-    """Raise CheckpointError naming the first size in which a full fine-tune differs from its
-    base.
-    """
+    """Raise CheckpointError for the first size in which a full fine-tune differs from its base."""
     may_differ = {
         "bos_token_id",
         "eos_token_ids",
@@ -86,6 +81,5 @@ def check_same_architecture(base: Checkpoint, domain: Checkpoint) -> None:
         if ours != theirs and field.name not in may_differ:
             raise CheckpointError(
                 f"{domain.directory}: {field.name} is {theirs}, the base {base.directory} has "
-                f"{ours}; a domain model "
-                "must be a fine-tune of its base"
+                f"{ours}; a domain model must be a fine-tune of its base"
             )

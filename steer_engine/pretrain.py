@@ -3,9 +3,9 @@
     python -m steer_engine.pretrain --text books.txt.bz2 --text abstracts.jsonl.bz2
         --fields title,abstract --output runs/tiny-base --hours 2
 
-The recipe is Falcon-7B's (multi-query attention, parallel block, rotary, tied embeddings, no
-biases) at a small size. The learning rate follows the share of the time budget that is used, so a
-run on a slow machine still ends annealed. State is saved every few minutes; the same command
+The architecture is Falcon-7B's (multi-query attention, parallel block, rotary, tied embeddings, no
+biases) at a small size. The learning rate follows the share of the time budget that is used, so it
+reaches zero on a slow machine too. State is saved every few minutes; the same command
 resumes it. The output is a Hugging Face checkpoint.
 """
 
@@ -59,10 +59,10 @@ def open_text(path: Path):
 
 
 def read_documents(path: Path, fields: list[str], max_bytes: int) -> Iterator[str]:
-    """Yield documents: a .jsonl line's fields joined by newlines, or text up to an end-of-text
-    line.
+    """Yield documents: a .jsonl line's fields, or plain text up to an end-of-text line.
 
-    A plain text file without end-of-text lines is cut into documents of about 100 kB at line ends.
+    Fields are joined by newlines. Plain text is also cut at a line end once a document passes
+    100,000 characters.
     """
     is_jsonl = ".jsonl" in path.suffixes
     total, lines, num_chars = 0, [], 0
@@ -107,8 +107,9 @@ def train_tokenizer(documents: list[str], vocab_size: int):
 
 
 def prepare_tokens(texts: list[Path], fields: list[str], output: Path, config: PretrainConfig):
-    """Train the tokenizer and write `tokens.bin` and `held_out.bin` (uint16); reuse them if they
-    exist.
+    """Write tokenizer.json, tokens.bin and held_out.bin (uint16), unless they exist.
+
+    Returns: the tokenizer, the training tokens and the held-out tokens (memory-mapped).
     """
     from tokenizers import Tokenizer
 
@@ -146,7 +147,7 @@ def prepare_tokens(texts: list[Path], fields: list[str], output: Path, config: P
 
 
 def build_model(config: PretrainConfig, end_of_text_id: int):
-    """A randomly initialised FalconForCausalLM of Falcon-7B's recipe at the configured size."""
+    """A random FalconForCausalLM of Falcon-7B's architecture at the configured size."""
     from transformers import FalconConfig, FalconForCausalLM
 
     return FalconForCausalLM(
@@ -240,8 +241,9 @@ def save_state(path: Path, state: dict) -> None:
 
 
 def pretrain(texts: list[Path], fields: list[str], output: Path, config: PretrainConfig) -> float:
-    """Train until the time budget is used and write the checkpoint; returns the held-out
-    perplexity.
+    """Train until the time budget is used; write the checkpoint.
+
+    Returns: the held-out perplexity per token.
     """
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
@@ -272,8 +274,7 @@ def pretrain(texts: list[Path], fields: list[str], output: Path, config: Pretrai
             "trained_s": trained_s,
         }
 
-    # Fusing the element-wise chains doubles the speed on a CPU; held-out batches keep the eager
-    # form.
+    # Fusing the element-wise chains doubles the speed on a CPU; held-out batches stay eager.
     training_loss = torch.compile(loss_on) if config.compile else loss_on
     budget_s, last_save_s = config.hours * 3600, trained_s
     window = config.seq_len + 1

@@ -12,9 +12,7 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class ProgressBar:
-    """Examples done, examples/s, tokens/s, share of attempts accepted, and time left; use as a
-    context manager.
-    """
+    """Examples done, speed, share of attempts accepted, and time left; a context manager."""
 
     def __init__(self, num_examples: int, num_done: int, *, enabled: bool):
         self._total, self._first = num_examples, num_done
@@ -36,8 +34,11 @@ class ProgressBar:
         )
 
     def update(self, num_done: int, num_tokens: int, acceptance_rate: float) -> None:
-        """num_done: examples in all.    num_tokens: in this call's examples.
-        acceptance_rate: in [0, 1].
+        """Show where the run stands.
+
+        num_done: examples in all, resumed ones included.
+        num_tokens: tokens of the examples that this call wrote.
+        acceptance_rate: share of this call's attempts that were kept, in [0, 1].
         """
         if not self._enabled:
             return

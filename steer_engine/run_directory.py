@@ -1,7 +1,7 @@
 """A run directory: run.json (settings), examples.jsonl (append-only), summary.json, and a lock.
 
-Every line of examples.jsonl is durable within a second. After a crash at any point the same call
-continues: a torn last line is cut off, everything before it counts.
+The lines of examples.jsonl are made durable about once a second. After a crash at any point the
+same call continues: a torn last line is cut off, and everything before it counts.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ logger = logging.getLogger(__name__)
 
 
 class RunDirectory:
-    """An open run directory; use as a context manager. `examples` holds what earlier calls
-    wrote.
+    """An open run directory; use as a context manager.
+
+    Attributes: examples: all that are written, by earlier calls and by this one.
     """
 
     def __init__(self, path: str | Path, settings: dict, *, resume: bool):
         """Create or reopen a run.
 
         Args:
-            settings: what the bytes depend on, JSON values; compared with run.json's "settings" if
-                there is one.
-        Raises: RunError if the directory is in use, cannot be written, holds something else, holds
-            a run and resume is False, or holds a run with other settings (the first differences are
-            named).
+            settings: what the bytes depend on, as JSON values; compared with run.json if there is
+                one. Differences below "versions" are only warned about.
+            resume: whether a run that the directory holds may be continued.
+        Raises: RunError if the directory is in use, damaged or cannot be written, holds a run and
+            resume is False, or holds a run with other settings (the first differences are named).
         """
         self.path = Path(path)
         self.examples: list[Example] = []
@@ -88,15 +89,13 @@ class RunDirectory:
             shown = "; ".join(differences[:MAX_DIFFERENCES_SHOWN])
             more = len(differences) - MAX_DIFFERENCES_SHOWN
             raise RunError(
-                f"{self.path}: holds a run with other settings: "
-                f"{shown}{f'; {more} more' if more > 0 else ''}. "
+                f"{self.path}: holds a run with other settings: {shown}"
+                f"{f'; {more} more' if more > 0 else ''}. "
                 "Use the same settings to resume, or another output"
             )
 
     def append(self, example: Example) -> None:
-        """Add the next example. Raises RunError if the disk refuses; what was written before
-        stays.
-        """
+        """Add the next example. Raises RunError if the disk refuses; earlier examples stay."""
         assert example.index == len(self.examples), "examples are written in index order"
         line = (example.to_json() + "\n").encode()
         try:
@@ -114,7 +113,7 @@ class RunDirectory:
             os.ftruncate(self._file, self._num_bytes)
 
     def sync_if_due(self) -> None:
-        """fsync if something was written and the last time is a second ago; call it often."""
+        """Sync if something was written and the last sync is a second ago; call it often."""
         if self._is_dirty and time.monotonic() - self._synced_at >= SYNC_INTERVAL_S:
             self.sync()
 
@@ -161,8 +160,10 @@ class RunDirectory:
 
 
 def lock_directory(path: Path) -> int:
-    """Create the directory and lock it for this process; returns the lock's file descriptor. Raises
-    RunError.
+    """Create the directory and lock it for this process.
+
+    Returns: the lock's file descriptor; closing it unlocks.
+    Raises: RunError if it is in use or cannot be written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -182,9 +183,7 @@ def lock_directory(path: Path) -> int:
 
 
 def check_usable(path: Path, resume: bool) -> None:
-    """Raise RunError if the directory holds a run that may not be continued, or something that is
-    not a run.
-    """
+    """Raise RunError if it holds a run and resume is False, or examples without run.json."""
     if (path / "run.json").exists():
         if not resume:
             raise RunError(f"{path}: holds a run already; resume it or choose another output")
@@ -193,9 +192,7 @@ def check_usable(path: Path, resume: bool) -> None:
 
 
 def check_output(path: str | Path, resume: bool) -> None:
-    """Find out early, before a model is loaded, that an output directory cannot be used. Raises
-    RunError.
-    """
+    """Raise RunError, before a model is loaded, if an output directory cannot be used."""
     os.close(lock_directory(Path(path)))
     check_usable(Path(path), resume)
 

@@ -17,7 +17,8 @@ from .sequence import DecodingSequence
 class SamplerTensors(NamedTuple):
     """Per-sequence arguments of ops.guided_sample for one step.
 
-    weights: [num_passes, num_seqs] fp32.    temperature, top_p, alpha: [num_seqs] fp32.
+    weights: [num_passes, num_seqs] fp32.
+    temperature, top_p, alpha: [num_seqs] fp32.
     top_k: [num_seqs] int32.
     """
 
@@ -31,9 +32,7 @@ class SamplerTensors(NamedTuple):
     def of(
         cls, running: Sequence[DecodingSequence], passes: Sequence[PassKind], device: torch.device
     ) -> SamplerTensors:
-        """The parameters of running sequences; passes: the kinds along the first dimension of
-        logits.
-        """
+        """The parameters of running sequences; passes: the kinds in the order of the logits."""
         weights = [[s.guidance.weights[kind] for s in running] for kind in passes]
         return cls(
             weights=_tensor(weights, np.float32, device),
@@ -58,8 +57,9 @@ def draw_tokens(
     seed: int,
     backend: str,
 ) -> Sampled:
-    """Draw one token per sequence. logits: [num_passes, num_seqs, vocab_size] fp32, changed in
-    place.
+    """Draw one token per sequence.
+
+    logits: [num_passes, num_seqs, vocab_size] fp32, changed in place.
     """
     device = logits.device
     tensors = SamplerTensors.of(running, passes, device)
@@ -90,9 +90,11 @@ def ban_endings(
 ) -> None:
     """Make the tokens that would end a sequence before min_tokens impossible, in place.
 
+    Each pass gets the infinity that its weight turns into -inf, so that no sum of opposite
+    infinities arises.
+
     logits: [num_passes, num_seqs, vocab_size].
-    weights: [num_passes, num_seqs]. Each pass gets the infinity that its
-    weight turns into -inf, so that no sum of opposite infinities arises.
+    weights: [num_passes, num_seqs].
     """
     for index, sequence in enumerate(running):
         banned = list(sequence.banned_token_ids)

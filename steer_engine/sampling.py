@@ -9,18 +9,18 @@ from .errors import check_number
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn and when a sequence ends; names and meanings as in vLLM.
+    """How tokens are drawn and when a sequence ends; names as in vLLM, except include_stop.
 
     The order is: combine the passes, plausibility cut, temperature, top_k, top_p, draw.
 
     Attributes:
         temperature: divides the combined logits; 0 is greedy.
         top_p: mass of the nucleus, in (0, 1].
-        top_k: tokens kept before top_p; 0 is off.    max_tokens: at most so many tokens are drawn.
-        min_tokens: end-of-text and stop_token_ids cannot be drawn before so many tokens, and stop
-            strings do not stop.
-        stop: strings that end a sequence wherever they appear in its text, across token borders
-            too.
+        top_k: tokens kept before top_p; 0 is off.
+        max_tokens: at most so many tokens are drawn.
+        min_tokens: before so many tokens, end-of-text and stop_token_ids cannot be drawn and stop
+            strings do not end the sequence.
+        stop: strings that end a sequence wherever they appear in its text, also across tokens.
         stop_token_ids: tokens that end a sequence.
         ignore_eos: go on after the end-of-text token.
         include_stop: keep the stop string at the end of the text.

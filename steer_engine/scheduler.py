@@ -1,8 +1,8 @@
 """Continuous batching: which sequences run, and what the model and the sampler read for them.
 
-A sequence runs up to three passes that live and die together: one admission takes the cache blocks
-of all of them for the sequence's whole life, so a running sequence can never run out; a sequence
-that does not fit waits.
+A sequence's passes, up to three, start and end together: admission takes the cache blocks of all of
+them for the sequence's whole life, so a running sequence cannot run out of blocks; one that does
+not fit waits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class DecodeRows(NamedTuple):
     """One decode step: the batch, and where the sampler finds each pass of each sequence.
 
     logit_rows: [num_passes, num_seqs] int64, rows of the batch; a pass that a sequence does not run
-    points at its domain row or row 0, and has weight 0.    passes: the kinds in logit_rows' order.
+        points at row 0 and has weight 0.
+    passes: the kinds in logit_rows' order.
     """
 
     batch: Batch
@@ -67,9 +68,7 @@ class Scheduler:
         return finished
 
     def reset(self) -> None:
-        """Drop everything, after an error or an interrupt; unwritten blocks must not be found
-        later.
-        """
+        """Drop all sequences and the cache's content, which an interrupt may leave unwritten."""
         self.waiting.clear()
         self.running = []
         self.kv_cache.reset()
@@ -114,9 +113,8 @@ class Scheduler:
         ]
         for first in range(0, len(tokens), max_tokens):
             chunk = tokens[first : first + max_tokens]
-            chunk.sort(
-                key=lambda item: item[0].weight_set
-            )  # stable: order within a weight set stays
+            # Stable: the order within a weight set stays.
+            chunk.sort(key=lambda item: item[0].weight_set)
             yield self._build_batch(
                 [p for p, _ in chunk],
                 [p.prompt_ids[position] for p, position in chunk],

@@ -62,9 +62,7 @@ class DecodingSequence:
 
     @property
     def banned_token_ids(self) -> tuple[int, ...]:
-        """Tokens that may not be drawn now: everything that would end the sequence before
-        min_tokens.
-        """
+        """Tokens that may not be drawn now, because they would end the text before min_tokens."""
         if self.step >= self.sampling.min_tokens:
             return ()
         return self.eos_token_ids + self.sampling.stop_token_ids
@@ -72,8 +70,7 @@ class DecodingSequence:
     def append(self, token_id: int, logprob: float, status: int) -> None:
         """Take one drawn token and set finish_reason if it ends the sequence.
 
-        A token with a status is not kept: it was not drawn from the distribution that was asked
-        for.
+        A token with a status other than 0 is not kept: its distribution was not the one asked for.
         """
         if status:
             self.finish_reason = FINISH_ERROR
@@ -92,9 +89,7 @@ class DecodingSequence:
             self.finish_reason = FINISH_LENGTH
 
     def _cut_at_stop(self, num_searched: int) -> bool:
-        """Cut the text at the stop string that ends first, if one appeared behind num_searched
-        characters.
-        """
+        """Cut the text at the stop string that ends first, if one ends behind num_searched."""
         if self.step < self.sampling.min_tokens:
             return False
         ends = []

@@ -1,8 +1,7 @@
 """Falcon's tokenizer: text to ids, and ids back to text byte by byte.
 
-Decoding goes through the bytes of each token, so that text can be emitted while it is generated: a
-token border may fall inside a UTF-8 character, and the character appears once its last byte has
-come.
+Decoding goes through the bytes of each token, so text can be emitted while it is generated. A token
+border may fall inside a UTF-8 character, which then appears with its last byte.
 """
 
 from __future__ import annotations
@@ -104,9 +103,7 @@ class Tokenizer:
         return "".join(decoder.push(i) for i in token_ids) + decoder.finish()
 
     def token_bytes(self, token_id: int) -> bytes:
-        """A token's bytes; empty for special tokens and for ids beyond the vocabulary (padding of
-        the matrix).
-        """
+        """A token's bytes; none for special tokens and ids beyond the vocabulary (padding)."""
         return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
 
     def check_same(self, other: Tokenizer) -> None:
@@ -119,15 +116,12 @@ class Tokenizer:
         if num_tokens or num_merges:
             raise CheckpointError(
                 f"{other.path} differs from {self.path} in {num_tokens} vocabulary entries and "
-                f"{num_merges} "
-                "merges; base and domain must share one tokenizer"
+                f"{num_merges} merges; base and domain must share one tokenizer"
             )
 
 
 class TextStream:
-    """Turns token ids into text as they come; characters appear when complete, so the text is
-    always valid.
-    """
+    """Turns token ids into text as they come; a character appears once it is complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer

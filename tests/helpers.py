@@ -65,8 +65,9 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def hf_model(seed: int = 0, *, spread: float = 0.08, **overrides):
-    """A random transformers Falcon with weights large enough for peaked distributions, and random
-    norms and biases.
+    """A random transformers Falcon, norms and biases included.
+
+    spread: standard deviation of the weights, large enough for peaked distributions.
     """
     from transformers import FalconConfig, FalconForCausalLM
 
@@ -109,9 +110,7 @@ def edit_json(path: Path, **changes) -> None:
 
 
 def lora_model(base_dir: Path, seed: int = 1, **arguments):
-    """A PEFT model on a saved base, with random A and B (a fresh B is zero and would hide every
-    error).
-    """
+    """A PEFT model on a saved base, with random A and B: a fresh B is 0 and would hide errors."""
     from peft import LoraConfig, get_peft_model
     from transformers import FalconForCausalLM
 

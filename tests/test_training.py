@@ -1,6 +1,4 @@
-"""The training scripts: a base from any text, and an adapter from any examples, that the engine
-reads.
-"""
+"""The training scripts write a base and an adapter that the engine reads."""
 
 from __future__ import annotations
 

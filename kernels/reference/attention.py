@@ -1,7 +1,7 @@
 """Rotary embedding, KV-cache writes and paged attention, in plain PyTorch.
 
-Shapes: qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], laid out all q, all k, all v;
-k_cache, v_cache [num_blocks, block_size, num_kv_heads, head_dim], one layer's pages.
+qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], laid out all q, all k, all v.
+k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], one layer's pages.
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ def paged_attention(
     scale: float,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """out = softmax(scale * q K^T + alibi) V, one query token per row, keys 0 .. seq_lens[row] - 1
-    of its table.
+    """out = softmax(scale * q K^T + alibi) V for every row.
 
-    Decode rows and prefill rows are the same thing: a prefilled token sees as many keys as its
-    position plus one.
+    A row is one query token; its keys are 0 .. seq_lens[row] - 1 of its table. Decode rows and
+    prefill rows are alike: a prefilled token sees as many keys as its position plus one.
 
     Args:
-        block_tables: [num_tables, max_blocks] int32.    table_ids, seq_lens: [num_tokens] int32.
+        block_tables: [num_tables, max_blocks] int32.
+        table_ids: [num_tokens] int32, each row's table.
+        seq_lens: [num_tokens] int32, how many keys each row sees.
         alibi: [num_heads, max_model_len] fp32, added per key position; None: no bias.
         out: [num_tokens, num_heads * head_dim], dtype of qkv.
     Returns: out. Slots at or beyond a row's seq_len are never used; a row of seq_len 0 gives zeros.
@@ -76,16 +77,15 @@ def paged_attention(
     q = qkv[:, : num_heads * head_dim].view(-1, num_kv_heads, num_queries, head_dim).float()
     out.zero_()
     num_blocks = (seq_lens + block_size - 1) // block_size
-    # Rows with equally many blocks go together, so a row's shapes do not depend on longer
-    # neighbours.
+    # Rows with equally many blocks go together, so longer neighbours do not change a row's shapes.
     for count in num_blocks.unique().tolist():
         all_rows = (num_blocks == count).nonzero()[:, 0]
         for rows in all_rows.split(MAX_ROWS_AT_ONCE) if count else ():
             blocks = block_tables[table_ids[rows].long(), :count].long()
             key_positions = torch.arange(count * block_size, device=qkv.device)
             is_visible = key_positions < seq_lens[rows, None]
-            # [rows, num_kv_heads, num_keys, head_dim]; unused slots may hold NaN, so they are
-            # cleared, not only masked.
+            # [rows, num_kv_heads, num_keys, head_dim]; unused slots may hold NaN, which masking
+            # alone would not keep out of the product with V.
             k, v = (
                 torch.where(is_visible[:, :, None, None], cache[blocks].flatten(1, 2), 0)
                 .transpose(1, 2)

@@ -7,17 +7,20 @@ every target can reproduce.
 
 For one sequence, with l_d, l_b, l_n the logits of the passes and w_d, w_b, w_n their weights:
 
-    1  x_v  = (w_d*l_d[v] + w_b*l_b[v] + w_n*l_n[v]) * (1/T)
-    fp32, left to right; a pass of weight 0 is left out 2  mask = v with l_d[v] < max(l_d) +
-    ln(alpha), if alpha > 0; v with x_v NaN;   x_v > 3e38 becomes 3e38 3  q_v  = integer(exp2((x_v -
-    max x) * log2 e) * 2**40 + 0.5), 0 where masked 4  top-k: the k first in (x descending, index
-    ascending) stay 5  top-p: the shortest prefix in that order whose mass reaches ceil(top_p * Z),
-    Z the sum of q over what stayed 6  draw: with M the prefix's mass and r = mulhi64(64 random
-       bits, M), the smallest kept index whose running mass in index order exceeds r
+    1  x_v = (w_d*l_d[v] + w_b*l_b[v] + w_n*l_n[v]) * (1/T), in fp32, left to right; a pass of
+       weight 0 is left out
+    2  masked: v with x_v NaN and, if alpha > 0, v with l_d[v] < max(l_d) + ln(alpha); x_v above
+       3e38 becomes 3e38
+    3  q_v = integer(exp2((x_v - max x) * log2 e) * 2**40 + 0.5), 0 where masked
+    4  top-k: the first k in the order (x descending, index ascending) stay
+    5  top-p: of these the shortest prefix whose mass reaches ceil(top_p * Z) stays; Z is the sum of
+       their q
+    6  draw: with M the prefix's mass and r = mulhi64(64 random bits, M), the smallest kept index
+       whose running mass in index order exceeds r
 
 T = 0 is greedy: the lowest index among the largest x_v, with 1/T read as 1.
-Source: STEER, O'Neill et al. 2023; top-p, Holtzman et al. 2020 (arXiv:1904.09751); plausibility cut
-alpha, Li et al. 2023 (arXiv:2210.15097).
+Source: STEER, O'Neill et al. 2023; top-p, Holtzman et al. 2020 (arXiv:1904.09751); alpha, the
+    plausibility constraint of Li et al. 2023 (arXiv:2210.15097).
 """
 
 from __future__ import annotations
@@ -30,9 +33,7 @@ from .philox import MASK_32, STREAM_TOKENS, random_bits
 
 STATUS_OK = 0
 STATUS_NAN = 1  # a combined logit was NaN and was masked
-STATUS_EMPTY = (
-    2  # nothing was left to draw from; the token is the argmax of the finite domain logits
-)
+STATUS_EMPTY = 2  # nothing was left to draw from: the token is the finite domain logits' argmax
 STATUS_INF = 4  # a combined logit was above MAX_LOGIT and was clamped
 
 MAX_LOGIT = 3e38
@@ -66,10 +67,10 @@ class Sampled(NamedTuple):
 
 
 class SamplingTensors(NamedTuple):
-    """Per-sequence parameters in the form that kernels read; computed in one place, so that no
-    backend rounds anew.
+    """Per-sequence parameters as kernels read them, computed here so that no backend rounds anew.
 
-    inv_temperature: [num_seqs] fp32, 1/T, and 1 where T = 0.    greedy: [num_seqs] bool, T = 0.
+    inv_temperature: [num_seqs] fp32, 1/T, and 1 where T = 0.
+    greedy: [num_seqs] bool, T = 0.
     log_alpha: [num_seqs] fp32, ln(alpha), -inf where alpha = 0.
     top_k: [num_seqs] int32, vocab_size where off.
     top_p_fixed: [num_seqs] int64, round(top_p * 2**32).
@@ -85,9 +86,12 @@ class SamplingTensors(NamedTuple):
 class Nucleus(NamedTuple):
     """What the draw is made from, per sequence.
 
-    masses: [num_seqs, vocab_size] int64, 0 outside the nucleus.    total_mass: [num_seqs] int64, M.
-    num_kept: [num_seqs] int32.    greedy_ids: [num_seqs] int64, the first of the largest x.
-    status: [num_seqs] int32.    fallback_ids: [num_seqs] int64, for rows with nothing left.
+    masses: [num_seqs, vocab_size] int64, 0 outside the nucleus.
+    total_mass: [num_seqs] int64, M.
+    num_kept: [num_seqs] int32, tokens in the nucleus.
+    greedy_ids: [num_seqs] int64, the first of the largest x.
+    status: [num_seqs] int32, see Sampled.
+    fallback_ids: [num_seqs] int64, for rows with nothing left.
     """
 
     masses: torch.Tensor
@@ -101,9 +105,7 @@ class Nucleus(NamedTuple):
 def check_sampling_arguments(
     logits, weights, temperature, top_p, top_k, alpha, stream_ids=None, steps=None
 ) -> None:
-    """Raise ValueError, naming argument, expectation and what came, if a shape, dtype or device
-    does not match.
-    """
+    """Raise ValueError, naming the argument, if a shape, dtype or device does not match."""
     if logits.ndim != 3 or logits.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
             "logits must be [num_passes, num_seqs, vocab_size] fp32 or bf16, "
@@ -139,9 +141,7 @@ def check_sampling_arguments(
 
 
 def prepare_parameters(temperature, top_p, top_k, alpha, vocab_size: int) -> SamplingTensors:
-    """Turn the user's parameters into what kernels read (see SamplingTensors). All arguments:
-    [num_seqs].
-    """
+    """Turn the user's parameters, each [num_seqs], into what kernels read: SamplingTensors."""
     greedy = temperature == 0
     return SamplingTensors(
         inv_temperature=torch.where(greedy, 1.0, 1.0 / temperature),
@@ -153,9 +153,7 @@ def prepare_parameters(temperature, top_p, top_k, alpha, vocab_size: int) -> Sam
 
 
 def exp2_mass(t: torch.Tensor) -> torch.Tensor:
-    """round(2**t * 2**40) as int64 for fp32 t <= 0, by the polynomial that every backend evaluates
-    alike.
-    """
+    """round(2**t * 2**40) as int64 for fp32 t <= 0, by a polynomial that all backends share."""
     usable = t > LOWEST_EXPONENT  # False for -inf and NaN
     t = torch.where(usable, t, 0.0)
     n = torch.round(t)
@@ -177,9 +175,7 @@ def combine(logits, weights, inv_temperature) -> torch.Tensor:
 
 
 def nucleus(logits, weights, parameters: SamplingTensors) -> Nucleus:
-    """Steps 1 to 5 of the definition: the masses that a token is drawn from. Arguments as in
-    guided_sample.
-    """
+    """Steps 1 to 5 of the definition; logits and weights as in guided_sample."""
     domain = logits[0].float()
     x = combine(logits, weights, parameters.inv_temperature)
     is_nan = torch.isnan(x)
@@ -223,17 +219,17 @@ def nucleus(logits, weights, parameters: SamplingTensors) -> Nucleus:
 
 
 def first_argmax(x: torch.Tensor) -> torch.Tensor:
-    """The lowest index among the largest values of each row (torch.argmax does not promise
-    which).
-    """
+    """The lowest index among the largest values of each row; torch.argmax may give another."""
     index = torch.arange(x.shape[1], device=x.device)
     is_max = x == x.amax(dim=1, keepdim=True)
     return torch.where(is_max, index, x.shape[1]).amin(dim=1).clamp(max=x.shape[1] - 1)
 
 
 def mass_target(total: torch.Tensor, top_p_fixed: torch.Tensor) -> torch.Tensor:
-    """max(1, ceil(total * top_p_fixed / 2**32)) without leaving 64 bits. Both int64; total <
-    2**56.
+    """max(1, ceil(total * top_p_fixed / 2**32)) without leaving 64 bits.
+
+    total: int64, below 2**56.
+    top_p_fixed: int64, at most 2**32.
     """
     low = (total & MASK_32) * top_p_fixed + MASK_32
     return ((total >> 32) * top_p_fixed + ((low >> 32) & MASK_32)).clamp(min=1)
@@ -266,18 +262,18 @@ def guided_probs(logits, weights, *, temperature, top_p, top_k, alpha) -> torch.
 def guided_sample(
     logits, weights, *, temperature, top_p, top_k, alpha, seed, stream_ids, steps
 ) -> Sampled:
-    """Combine the passes' logits and draw one token per sequence (the definition is this module's
-    docstring).
+    """Combine the passes' logits and draw one token per sequence, as this module's head defines.
 
     Args:
-        logits: [num_passes, num_seqs, vocab_size], fp32 or bf16, passes in the order domain, base,
-            negative.
-        weights: [num_passes, num_seqs] fp32; a pass of weight 0 is not read.
-        temperature, top_p, alpha: [num_seqs] fp32; temperature >= 0 (0: greedy), 0 < top_p <= 1, 0
-            <= alpha <= 1.
-        top_k: [num_seqs] int32; 0 or less: off.    seed: int in [0, 2**64).
+        logits: [num_passes, num_seqs, vocab_size], fp32 or bf16; the first pass is the domain's.
+        weights: [num_passes, num_seqs] fp32; a pass of weight 0 does not enter x.
+        temperature: [num_seqs] fp32, at least 0; 0: greedy.
+        top_p: [num_seqs] fp32 in (0, 1].
+        top_k: [num_seqs] int32; 0 or less: off.
+        alpha: [num_seqs] fp32 in [0, 1]; 0: off.
+        seed: int in [0, 2**64).
         stream_ids: [num_seqs] int64, the sample's own number.
-        steps: [num_seqs] int32, its own position.
+        steps: [num_seqs] int32, the position of the token in its sequence.
     Returns: Sampled. Same seed, stream, step and logits give the same token, whatever the rest of
         the batch. A row with a status returns a token in range and leaves its neighbours unchanged.
     Raises: ValueError if a shape, dtype or device does not match.

@@ -11,7 +11,8 @@ def layer_norm(
 ) -> torch.Tensor:
     """out = (x - mean) / sqrt(var + eps) * weight + bias per row, statistics in fp32.
 
-    x: [num_rows, hidden_size] fp32.    weight, bias: [hidden_size] fp32.
+    x: [num_rows, hidden_size] fp32.
+    weight, bias: [hidden_size] fp32.
     out: [num_rows, hidden_size] fp32 or bf16.
     Source: Ba et al. 2016 (arXiv:1607.06450).
     """

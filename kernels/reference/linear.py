@@ -24,13 +24,14 @@ class LinearWeight(NamedTuple):
 
 
 def pack_weight(weight: torch.Tensor) -> LinearWeight:
-    """weight: [out_features, in_features], fp32 or bf16. The reference keeps it as it is."""
+    """Wrap a weight [out_features, in_features], fp32 or bf16; the reference keeps its layout."""
     return LinearWeight(weight, *weight.shape)
 
 
 def embedding(weight: LinearWeight, input_ids: torch.Tensor) -> torch.Tensor:
-    """Rows of the embedding matrix in fp32: [num_tokens, hidden_size]. input_ids: [num_tokens]
-    int64.
+    """Rows of the embedding matrix: [num_tokens, hidden_size] fp32.
+
+    input_ids: [num_tokens] int64.
     """
     return weight.data[input_ids].float()
 
@@ -44,10 +45,13 @@ def linear(
     gelu: bool = False,
     accumulate: bool = False,
 ) -> torch.Tensor:
-    """out = gelu(x W^T + bias), or out += ... with accumulate; the sum and GELU (erf form) in fp32.
+    """out = gelu(x W^T + bias), or out += ... with accumulate.
+
+    Bias and GELU (erf form) are computed in fp32.
 
     Args:
-        x: [num_rows, in_features], dtype of the weight.    bias: [out_features] fp32.
+        x: [num_rows, in_features], dtype of the weight.
+        bias: [out_features] fp32, or None.
         out: [num_rows, out_features], fp32 or bf16, written in place.
     Returns: out. A row's result does not depend on the other rows.
     """

@@ -37,7 +37,8 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     """Ten rounds of Philox4x32 on int64 tensors of equal shape, or on plain integers.
 
     Args:
-        counter: four words in [0, 2**32).    key: two words in [0, 2**32).
+        counter: four words in [0, 2**32).
+        key: two words in [0, 2**32).
     Returns: four words in [0, 2**32), uniform and independent over distinct (counter, key).
     """
     c0, c1, c2, c3 = counter
@@ -67,7 +68,8 @@ def random_bits(seed: int, stream_ids, steps, stream: int):
     counter = (step, stream id low, stream id high, stream), key = seed; word 0 is the high half.
 
     Args:
-        seed: int in [0, 2**64).    stream_ids, steps: int64 tensors of equal shape, or ints.
+        seed: int in [0, 2**64).
+        stream_ids, steps: int64 tensors of equal shape, or ints.
         stream: which use of the seed this is (STREAM_TOKENS, STREAM_NEGATIVES).
     """
     counter = Words(
