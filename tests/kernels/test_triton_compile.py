@@ -1,0 +1,129 @@
+"""Compile the Triton kernels at Falcon-7B's sizes, without a GPU: for sm_80 and sm_90 no kernel may
+spill or use a stack, nor more shared memory than a block has, and registers are what they were.
+
+TRITON_INTERPRET must be unset here (see triton_interpreter.py). The triton wheel brings ptxas and
+cuobjdump. A change of registers is no error by itself: look at it, then record it in REGISTERS.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+triton = pytest.importorskip("triton", exc_type=ImportError)
+from steer_engine.kernels import guided_sample as sampler  # noqa: E402
+from steer_engine.kernels import layer_norm as norm  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+VOCAB_SIZE, HIDDEN_SIZE = 65024, 4544
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+
+# Element types of pointers, by argument; "logits" and "out" vary. Everything else is an i32.
+POINTERS = {
+    "i1": "greedy",
+    "i32": "top_k block_counts steps status num_kept",
+    "i64": "top_p_fixed counters ranks lowest_kept block_masses seed stream_ids token_ids "
+    "total_mass",
+    "fp32": "weights inv_temperature log_alpha x logprobs weight bias",
+}
+TYPES = {f"{name}_ptr": f"*{t}" for t, names in POINTERS.items() for name in names.split()}
+# Sizes that are multiples of 16, which Triton tells the compiler; hidden_size is one, too.
+ALIGNED = {"vocab_size", "seq_stride", "pass_stride", "num_blocks", "hidden_size"}
+ALIGNED |= {"x_row_stride", "out_row_stride"}
+
+CONFIG = sampler.LaunchConfig.for_batch(33, VOCAB_SIZE)
+NORM_BLOCK_SIZE = triton.next_power_of_2(HIDDEN_SIZE)
+NUM_BLOCKS = triton.cdiv(VOCAB_SIZE, CONFIG.draw_block_size)
+
+
+class Kernel(NamedTuple):
+    function: Any
+    constants: dict[str, int]
+    types: dict[str, str] = {}  # noqa: RUF012
+    is_bitwise: bool = True  # multiply and add must round separately
+    num_warps: int = CONFIG.num_warps
+
+
+def sampler_kernel(name: str, block_size: int, logits: str = "fp32", **constants) -> Kernel:
+    constants["BLOCK_SIZE"] = block_size
+    return Kernel(getattr(sampler, name), constants, {"logits_ptr": f"*{logits}"})
+
+
+def norm_kernel(out: str) -> Kernel:
+    return Kernel(
+        norm.layer_norm_kernel,
+        {"BLOCK_SIZE": NORM_BLOCK_SIZE},
+        {"out_ptr": f"*{out}", "eps": "fp32"},
+        is_bitwise=False,
+        num_warps=norm.num_warps_for(NORM_BLOCK_SIZE),
+    )
+
+
+BLOCK, ROUNDS = CONFIG.block_size, CONFIG.num_rounds
+KERNELS = {
+    "domain_max fp32": sampler_kernel("domain_max_kernel", BLOCK),
+    "domain_max bf16": sampler_kernel("domain_max_kernel", BLOCK, "bf16"),
+    "combine fp32": sampler_kernel("combine_kernel", BLOCK, NUM_PASSES=3),
+    "combine bf16": sampler_kernel("combine_kernel", BLOCK, "bf16", NUM_PASSES=3),
+    "ladder 0": sampler_kernel("ladder_kernel", CONFIG.ladder_block_size, ROUND=0),
+    "ladder 1": sampler_kernel("ladder_kernel", CONFIG.ladder_block_size, ROUND=1),
+    "collect": sampler_kernel("collect_kernel", BLOCK, NUM_ROUNDS=ROUNDS),
+    "select": sampler_kernel("select_kernel", CONFIG.list_block_size, NUM_ROUNDS=ROUNDS),
+    "block_mass": sampler_kernel("block_mass_kernel", CONFIG.draw_block_size),
+    "draw": sampler_kernel("draw_kernel", CONFIG.draw_block_size, NUM_BLOCKS_PADDED=NUM_BLOCKS),
+    "layer_norm fp32": norm_kernel("fp32"),
+    "layer_norm bf16": norm_kernel("bf16"),
+}
+
+# kernel: (registers per thread on sm_80, on sm_90); triton 3.6.0
+REGISTERS = {
+    "domain_max fp32": (31, 30),
+    "domain_max bf16": (29, 29),
+    "combine fp32": (48, 48),
+    "combine bf16": (40, 40),
+    "ladder 0": (98, 98),
+    "ladder 1": (98, 98),
+    "collect": (64, 61),
+    "select": (128, 128),
+    "block_mass": (32, 32),
+    "draw": (46, 46),
+    "layer_norm fp32": (40, 40),
+    "layer_norm bf16": (44, 40),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_compiles_without_spills_and_within_shared_memory(name, capability, tmp_path):
+    kernel = KERNELS[name]
+    arguments = kernel.function.arg_names
+    signature = {a: (TYPES | kernel.types).get(a, "i32") for a in arguments}
+    signature |= dict.fromkeys(kernel.constants, "constexpr")
+    is_aligned = [a.endswith("_ptr") or a in ALIGNED for a in arguments]
+    attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(is_aligned) if a}
+    compiled = triton.compile(
+        ASTSource(kernel.function, signature, kernel.constants, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": kernel.num_warps, "enable_fp_fusion": not kernel.is_bitwise},
+    )
+
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run(
+        [CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    shared = compiled.metadata.shared
+    found = f"{name} on sm_{capability}: {registers} registers, {shared} bytes shared"
+    assert stack == 0, f"{found}, {stack} bytes of stack: it spills"
+    assert shared <= MAX_SHARED_BYTES[capability], found
+    if kernel.is_bitwise:
+        assert "fma.rn.f32" not in compiled.asm["ptx"], f"{name} fuses a multiply and an add"
+        assert not re.search(r"\.ftz\.f32", compiled.asm["ptx"]), f"{name} flushes denormals"
+    assert registers == REGISTERS[name][capability == 90], f"{found}, expected {REGISTERS[name]}"
