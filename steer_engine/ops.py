@@ -1,8 +1,8 @@
 """The one place that picks an implementation of an op: by backend name, or by device with "auto".
 
-`reference` is plain PyTorch and defines every op; `cpu` is the compiled library (csrc); `triton` has
-GPU kernels for some ops and the reference for the rest. All offer the same functions, so the model
-holds one module of them and calls it. `cuda` is a name without an implementation yet.
+`reference` is plain PyTorch and defines every op; `cpu` is the compiled library (csrc); `triton`
+has GPU kernels for some ops and the reference for the rest. All offer the same functions, so the
+model holds one module of them and calls it. `cuda` is a name without an implementation yet.
 """
 
 from __future__ import annotations
