@@ -115,7 +115,7 @@ setup(
         "steer_engine.kernels": "kernels",
         "steer_engine.kernels.reference": "kernels/reference",
     },
-    package_data={"steer_engine": ["embedded/*"]},
+    package_data={"steer_engine.embedded": ["*", "base/*", "domain/*"]},
     # optional: an editable install accepts that the file is not there.
     ext_modules=[]
     if CSRC_MODE == "OFF"
