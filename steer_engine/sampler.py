@@ -60,18 +60,18 @@ def draw_tokens(
     """Draw one token per sequence.
 
     logits: [num_passes, num_seqs, vocab_size] fp32, changed in place.
+    backend: resolved, so that no step asks again what is available.
     """
     device = logits.device
     tensors = SamplerTensors.of(running, passes, device)
     ban_endings(logits, tensors.weights, running)
-    return ops.guided_sample(
+    return ops.implementation(backend).guided_sample(
         logits,
         tensors.weights,
         **tensors.shaping,
         seed=seed,
         stream_ids=_tensor([s.stream_id for s in running], np.int64, device),
         steps=_tensor([s.step for s in running], np.int32, device),
-        backend=backend,
     )
 
 

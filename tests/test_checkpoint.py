@@ -44,14 +44,6 @@ TINY_CONFIG = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # Files by hand ------------------------------------------------------------------------------------
 
 

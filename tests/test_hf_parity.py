@@ -31,15 +31,6 @@ NUM_GREEDY_STEPS = 64
 BACKENDS = ("reference", "cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations on 72 numbers wait longer for a second thread than they run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=BACKENDS)
 def backend(request):
     reason = ops.unavailable_reason(request.param)

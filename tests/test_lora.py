@@ -22,14 +22,6 @@ QKV_A, QKV_B = f"{PREFIX}{QKV}.lora_A.weight", f"{PREFIX}{QKV}.lora_B.weight"
 LOGITS_TOLERANCE = 1e-4  # fp32, as in test_hf_parity.py
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return helpers.save(helpers.hf_model(), tmp_path_factory.mktemp("base") / "base")

@@ -31,7 +31,6 @@ import torch
 
 from .philox import MASK_32, STREAM_TOKENS, random_bits
 
-STATUS_OK = 0
 STATUS_NAN = 1  # a combined logit was NaN and was masked
 STATUS_EMPTY = 2  # nothing was left to draw from: the token is the finite domain logits' argmax
 STATUS_INF = 4  # a combined logit was above MAX_LOGIT and was clamped
