@@ -161,7 +161,9 @@ def _run(engine: Engine, request: dict[str, Any]) -> SyntheticDataset:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        num_safe = len(SyntheticDataset.load(request["output"]))
+        # Nothing is there yet while checkpoints are hashed.
+        has_examples = (Path(request["output"]) / "examples.jsonl").exists()
+        num_safe = len(SyntheticDataset.load(request["output"])) if has_examples else 0
         err.print(
             f"interrupted: {num_safe} examples are safe in {request['output']}; "
             "run the same command to resume",

@@ -298,6 +298,25 @@ def test_an_interrupt_ends_cleanly_says_how_to_resume_and_loses_nothing(
     assert "run the same command to resume" in stderr
 
 
+def test_an_interrupt_before_the_first_example_still_says_how_to_resume(
+    capsys, monkeypatch, pair, tmp_path
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    # Hashing large checkpoints takes a while, and the run directory is not written yet.
+    monkeypatch.setattr(cli.Engine, "sha256", interrupted)
+    signals = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        status, _, stderr = call(capsys, *generate_arguments(pair, tmp_path / "run"))
+    finally:
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+    assert status == 130
+    assert "interrupted: 0 examples are safe" in stderr
+    assert "run the same command to resume" in stderr
+
+
 def test_info_lists_versions_and_backends(capsys):
     status, stdout, _ = call(capsys, "info")
     assert status == 0
