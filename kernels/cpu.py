@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .reference import guided_probs
+from .reference import guided_probs, last_slots
 from .reference.guided_sample import Sampled, check_sampling_arguments, prepare_parameters
 from .reference.linear import LinearWeight
 
@@ -17,6 +17,7 @@ __all__ = [
     "guided_sample",
     "layer_norm",
     "linear",
+    "mqa_decode",
     "pack_weight",
     "paged_attention",
     "rotary_and_store",
@@ -78,6 +79,17 @@ def paged_attention(
         qkv, k_cache, v_cache, block_tables, table_ids, seq_lens, alibi, num_heads, scale, out
     )
     return out
+
+
+def mqa_decode(
+    qkv, cos, sin, k_cache, v_cache, block_tables, table_ids, seq_lens, alibi, num_heads, scale, out
+):
+    """See reference.mqa_decode."""
+    positions, slot_mapping = last_slots(block_tables, table_ids, seq_lens, k_cache.shape[1])
+    rotary_and_store(qkv, cos, sin, positions, slot_mapping, num_heads, k_cache, v_cache)
+    return paged_attention(
+        qkv, k_cache, v_cache, block_tables, table_ids, seq_lens, alibi, num_heads, scale, out
+    )
 
 
 def guided_sample(

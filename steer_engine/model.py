@@ -37,6 +37,7 @@ class Batch(NamedTuple):
     table_ids: [num_tokens] int32, each token's table.
     seq_lens: [num_tokens] int32, keys that each token sees.
     num_domain_tokens: tokens before the boundary.
+    is_prefill: tokens of one table may stand together; else each is the last of a table of its own.
     """
 
     input_ids: torch.Tensor
@@ -46,6 +47,7 @@ class Batch(NamedTuple):
     table_ids: torch.Tensor
     seq_lens: torch.Tensor
     num_domain_tokens: int
+    is_prefill: bool
 
 
 @dataclass
@@ -155,33 +157,10 @@ class FalconModel:
         qkv = self._buffer(num_tokens, config.qkv_size)
         attended = self._buffer(num_tokens, config.hidden_size)
         up = self._buffer(num_tokens, config.ffn_hidden_size)
-        cos, sin = self.rotary or (None, None)
         for index, layer in enumerate(self.layers):
-            k_cache, v_cache = kv_cache.k[index], kv_cache.v[index]
             normed = layer.attention_norm(residual, num_domain, self.dtype)
             layer.linears[ModuleKind.QKV](normed, num_domain, qkv)
-            self.ops.rotary_and_store(
-                qkv,
-                cos,
-                sin,
-                batch.positions,
-                batch.slot_mapping,
-                config.num_heads,
-                k_cache,
-                v_cache,
-            )
-            self.ops.paged_attention(
-                qkv,
-                k_cache,
-                v_cache,
-                batch.block_tables,
-                batch.table_ids,
-                batch.seq_lens,
-                self.alibi,
-                config.num_heads,
-                1.0 / math.sqrt(config.head_dim),
-                attended,
-            )
+            self._attend(qkv, batch, kv_cache, index, attended)
             if config.is_parallel:
                 # Both branches read the residual before either adds to it.
                 if layer.mlp_norm is not None:
@@ -217,6 +196,22 @@ class FalconModel:
             normed = self.final_norm(part, 0 if is_base else num_seqs, self.dtype)
             self.ops.linear(normed, self.head if is_base else self.domain_head or self.head, out)
         return logits
+
+    def _attend(
+        self, qkv: torch.Tensor, batch: Batch, kv_cache: KVCache, layer: int, out: torch.Tensor
+    ) -> None:
+        """Rotary, KV write and attention of one layer; writes out."""
+        config = self.config
+        k_cache, v_cache = kv_cache.k[layer], kv_cache.v[layer]
+        cos, sin = self.rotary or (None, None)
+        keys = (k_cache, v_cache, batch.block_tables, batch.table_ids, batch.seq_lens)
+        rest = (self.alibi, config.num_heads, 1.0 / math.sqrt(config.head_dim), out)
+        if not batch.is_prefill:
+            self.ops.mqa_decode(qkv, cos, sin, *keys, *rest)
+            return
+        slots = (batch.positions, batch.slot_mapping)
+        self.ops.rotary_and_store(qkv, cos, sin, *slots, config.num_heads, k_cache, v_cache)
+        self.ops.paged_attention(qkv, *keys, *rest)
 
     def _embed(self, input_ids: torch.Tensor, num_domain: int) -> torch.Tensor:
         if self.domain_embedding is None:

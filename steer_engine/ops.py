@@ -1,15 +1,22 @@
 """The one place that picks an implementation of an op: by backend name, or by device with "auto".
 
-`reference` is plain PyTorch and defines every op; `cpu` is the compiled library (csrc); `triton`
-has GPU kernels for some ops and the reference for the rest. All offer the same functions, so the
-model holds one module of them and calls it. `cuda` is a name without an implementation yet.
+`reference` is plain PyTorch and defines every op; `cpu` and `cuda` are the compiled library (csrc);
+`triton` has GPU kernels. All offer the same functions with the same signatures, so the model holds
+one module of them and calls it:
+
+    ops.implementation(ops.resolve_backend("auto", device)).layer_norm(...)
+
+The functions at the end of this file do that for one call: ops.layer_norm(..., backend="auto").
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +24,12 @@ import torch
 
 from .kernels import reference
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = {
+    "reference": "reference",
+    "cpu": "cpu",
+    "triton": "triton_ops",
+    "cuda": "cuda",
+}  # name: its module in kernels/
 LIBRARY_PATH = Path(__file__).parent / "_csrc.so"
 logger = logging.getLogger(__name__)
 
@@ -34,6 +46,11 @@ def _load_library() -> str | None:
     return None
 
 
+def is_triton_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors (slow; for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def unavailable_reason(backend: str) -> str | None:
     """Why a backend cannot be used here, or None if it can."""
     if backend == "reference":
@@ -44,7 +61,9 @@ def unavailable_reason(backend: str) -> str | None:
         return "not written yet; the reference runs on the GPU"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; run `pip install triton`"
-    return None if torch.cuda.is_available() else "needs a CUDA GPU"
+    if torch.cuda.is_available() or is_triton_interpreted():
+        return None
+    return "needs a CUDA GPU"
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:
@@ -53,7 +72,7 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     Raises: ValueError naming the choices, or why the backend is not available.
     """
     if backend == "auto":
-        # The Triton kernels have not run on a GPU yet: they are there to be asked for by name.
+        # The GPU's kernels have not run on a GPU yet: they are there to be asked for by name.
         if device.type != "cpu":
             return "reference"
         reason = unavailable_reason("cpu")
@@ -67,11 +86,18 @@ def resolve_backend(backend: str, device: torch.device) -> str:
     reason = unavailable_reason(backend)
     if reason is not None:
         raise ValueError(f"backend {backend} is not available: {reason}")
-    if (backend == "cpu") != (device.type == "cpu") and backend != "reference":
+    if backend != "reference" and device.type not in _devices(backend):
         raise ValueError(
             f"backend {backend} does not run on device {device}; use auto or reference"
         )
     return backend
+
+
+def _devices(backend: str) -> tuple[str, ...]:
+    """The device types on which a backend other than the reference runs here."""
+    if backend == "cpu":
+        return ("cpu",)
+    return ("cuda", "cpu") if backend == "triton" and is_triton_interpreted() else ("cuda",)
 
 
 def cpu_isa() -> str:
@@ -81,23 +107,30 @@ def cpu_isa() -> str:
 
 def implementation(backend: str) -> ModuleType:
     """The module of functions of a resolved backend."""
-    if backend == "cpu":
-        from .kernels import cpu
-
-        return cpu
-    if backend == "triton":
-        from .kernels import triton_ops
-
-        return triton_ops
-    return reference
-
-
-def guided_sample(logits, weights, *, backend: str = "auto", **arguments) -> reference.Sampled:
-    """Draw one token per sequence from the combined logits; see reference.guided_sample."""
-    module = implementation(resolve_backend(backend, logits.device))
-    return module.guided_sample(logits, weights, **arguments)
+    return importlib.import_module(f".kernels.{BACKENDS[backend]}", __package__)
 
 
 def guided_probs(logits, weights, **arguments) -> torch.Tensor:
     """The distribution that guided_sample draws from, by the reference on every backend."""
     return reference.guided_probs(logits, weights, **arguments)
+
+
+def _op(name: str) -> Callable:
+    """The op of this name, with `backend` as one more argument."""
+    definition = getattr(reference, name)
+
+    @functools.wraps(definition)
+    def call(tensor, *arguments, backend: str = "auto", **named):
+        module = implementation(resolve_backend(backend, tensor.device))
+        return getattr(module, name)(tensor, *arguments, **named)
+
+    return call
+
+
+guided_sample = _op("guided_sample")
+layer_norm = _op("layer_norm")
+linear = _op("linear")  # its weight: of the same backend's pack_weight
+mqa_decode = _op("mqa_decode")
+pack_weight = _op("pack_weight")
+paged_attention = _op("paged_attention")
+rotary_and_store = _op("rotary_and_store")

@@ -119,6 +119,7 @@ class Scheduler:
                 [p for p, _ in chunk],
                 [p.prompt_ids[position] for p, position in chunk],
                 [position for _, position in chunk],
+                is_prefill=True,
             )
 
     def decode_rows(self) -> DecodeRows:
@@ -141,11 +142,16 @@ class Scheduler:
         logit_rows = [
             [row_of.get((i, kind), 0) for i in range(len(self.running))] for kind in passes
         ]
-        batch = self._build_batch(rows, input_ids, positions)
+        batch = self._build_batch(rows, input_ids, positions, is_prefill=False)
         return DecodeRows(batch, self._tensor(logit_rows, np.int64), passes)
 
     def _build_batch(
-        self, rows: list[RunningPass], input_ids: list[int], positions: list[int]
+        self,
+        rows: list[RunningPass],
+        input_ids: list[int],
+        positions: list[int],
+        *,
+        is_prefill: bool,
     ) -> Batch:
         """rows: the pass that each token belongs to, domain-weight rows first."""
         table_of: dict[int, int] = {}
@@ -169,6 +175,7 @@ class Scheduler:
             table_ids=self._tensor(table_ids, np.int32),
             seq_lens=self._tensor(position_array + 1, np.int32),
             num_domain_tokens=sum(p.weight_set is WeightSet.DOMAIN for p in rows),
+            is_prefill=is_prefill,
         )
 
     def _tensor(self, values, dtype) -> torch.Tensor:

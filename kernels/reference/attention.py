@@ -1,5 +1,9 @@
 """Rotary embedding, KV-cache writes and paged attention, in plain PyTorch.
 
+A prefill calls rotary_and_store for all its tokens, then paged_attention: a token reads keys that
+others of the same call wrote. A decode step calls mqa_decode, which does both: each row is the
+last token of a table of its own, so it reads no key that another row writes.
+
 qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], laid out all q, all k, all v.
 k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], one layer's pages.
 """
@@ -100,3 +104,45 @@ def paged_attention(
             scores = scores.masked_fill(~is_visible[:, None, None], -torch.inf)
             out[rows] = (scores.softmax(dim=-1) @ v).flatten(1).to(out.dtype)
     return out
+
+
+def mqa_decode(
+    qkv: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    table_ids: torch.Tensor,
+    seq_lens: torch.Tensor,
+    alibi: torch.Tensor | None,
+    num_heads: int,
+    scale: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Rotary, KV write and attention of a decode step: one new token per table.
+
+    Row r is the token at position seq_lens[r] - 1 of table table_ids[r], where its K and V go; it
+    sees all keys up to its own. Tables of different rows share no block that a row writes to.
+
+    Args: as in rotary_and_store and paged_attention. seq_lens 0 is a row without a sequence:
+        nothing is stored for it, and it gives zeros.
+    Returns: out. qkv holds anything afterwards.
+    """
+    positions, slot_mapping = last_slots(block_tables, table_ids, seq_lens, k_cache.shape[1])
+    rotary_and_store(qkv, cos, sin, positions, slot_mapping, num_heads, k_cache, v_cache)
+    return paged_attention(
+        qkv, k_cache, v_cache, block_tables, table_ids, seq_lens, alibi, num_heads, scale, out
+    )
+
+
+def last_slots(
+    block_tables: torch.Tensor, table_ids: torch.Tensor, seq_lens: torch.Tensor, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where mqa_decode's rows stand: positions [num_rows] int32 and slot_mapping [num_rows] int64,
+    0 and -1 for a row without a sequence.
+    """
+    positions = (seq_lens - 1).clamp(min=0)
+    blocks = block_tables[table_ids.long(), (positions // block_size).long()].long()
+    slots = blocks * block_size + positions % block_size
+    return positions, torch.where(seq_lens > 0, slots, -1)
