@@ -10,6 +10,7 @@
 
 #include "check_tensor.h"
 #include "cpu/dispatch.h"
+#include "cpu/forward.h"
 #include "cpu/ops.h"
 
 namespace steer {
@@ -50,6 +51,22 @@ void run_tasks(int64_t num_tasks, const Args& args, void (*kernel)(const Args&, 
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
     for (int64_t task; (task = next.fetch_add(1)) < num_tasks;) kernel(args, task, task + 1);
+  });
+}
+
+// Runs body(team) on every thread of Torch's pool at once.
+template <class Body>
+void run_team(const Body& body) {
+  TeamState state;
+  const int64_t size = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, size, 1, [&](int64_t begin, int64_t end) {
+    Team team(state, begin, end, size);
+    try {
+      body(team);
+    } catch (...) {
+      team.fail();
+      throw;
+    }
   });
 }
 
@@ -244,6 +261,143 @@ void paged_attention_op(const Tensor& qkv, const Tensor& k_cache, const Tensor& 
   run_tasks(num_rows * num_kv_heads * args.num_splits, args, kernels().paged_attention);
 }
 
+// A table of addresses and sizes that is one struct, or an array of them.
+template <class T>
+const T* struct_table(const Tensor& table, const char* name, int64_t count) {
+  check_tensor(table, name, {{"count", count}, {"fields", sizeof(T) / sizeof(int64_t)}}, {kInt64});
+  return static_cast<const T*>(table.const_data_ptr());
+}
+
+struct CacheShape {
+  int64_t num_blocks, block_size;
+};
+
+// k_cache, v_cache: [num_layers, num_blocks, block_size, num_kv_heads, head_dim].
+CacheShape check_caches(const Tensor& k_cache, const Tensor& v_cache, const ModelWeights& model,
+                        ScalarType dtype) {
+  const int64_t head_dim = model.hidden_size / model.num_heads;
+  for (const auto& [cache, name] : {std::pair{&k_cache, "k_cache"}, {&v_cache, "v_cache"}}) {
+    check_tensor(*cache, name,
+                 {{"num_layers", model.num_layers},
+                  {"num_blocks", k_cache.size(1)},
+                  {"block_size", k_cache.size(2)},
+                  {"num_kv_heads", model.num_kv_heads},
+                  {"head_dim", head_dim}},
+                 {dtype});
+  }
+  return {k_cache.size(1), k_cache.size(2)};
+}
+
+// All that a forward's attention addresses memory with.
+void check_forward_indices(const ForwardArgs& a, int64_t num_tables, int64_t num_positions) {
+  const ModelWeights& m = *a.model;
+  check_range(a.input_ids, a.num_rows, 0, m.vocab_size, "input_ids");
+  check_range(a.slot_mapping, a.num_rows, -1, a.num_blocks * a.block_size, "slot_mapping");
+  if (a.cos) check_range(a.positions, a.num_rows, 0, num_positions, "positions");
+  check_block_tables({.block_tables = a.block_tables,
+                      .max_blocks = a.max_blocks,
+                      .table_ids = a.table_ids,
+                      .seq_lens = a.seq_lens,
+                      .alibi = a.alibi,
+                      .max_model_len = a.max_model_len,
+                      .num_rows = a.num_rows,
+                      .block_size = a.block_size},
+                     num_tables, a.num_blocks);
+}
+
+void forward_op(const Tensor& model, const Tensor& layers, double eps, const Tensor& input_ids,
+                const Tensor& positions, const Tensor& slot_mapping, const Tensor& block_tables,
+                const Tensor& table_ids, const Tensor& seq_lens, int64_t num_domain,
+                const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                const std::optional<Tensor>& alibi, const Tensor& k_cache, const Tensor& v_cache,
+                const Tensor& residual, const Tensor& normed, const Tensor& wide) {
+  const ModelWeights& m = *struct_table<ModelWeights>(model, "model", 1);
+  const LayerWeights* layer_weights = struct_table<LayerWeights>(layers, "layers", m.num_layers);
+  const int64_t num_rows = input_ids.size(0);
+  check_tensor(input_ids, "input_ids", {{"num_rows"}}, {kInt64});
+  check_tensor(positions, "positions", {{"num_rows", num_rows}}, {kInt32});
+  check_tensor(slot_mapping, "slot_mapping", {{"num_rows", num_rows}}, {kInt64});
+  check_tensor(block_tables, "block_tables", {{"num_tables"}, {"max_blocks"}}, {kInt32});
+  check_tensor(table_ids, "table_ids", {{"num_rows", num_rows}}, {kInt32});
+  check_tensor(seq_lens, "seq_lens", {{"num_rows", num_rows}}, {kInt32});
+  check_that(num_domain >= 0 && num_domain <= num_rows,
+             "num_domain must lie in [0, num_rows], got " + std::to_string(num_domain));
+  const ScalarType dtype = wide.scalar_type();
+  const CacheShape shape = check_caches(k_cache, v_cache, m, dtype);
+  const auto check_buffer = [&](const Tensor& buffer, const char* name, ScalarType buffer_dtype) {
+    check_tensor(buffer, name, {{"num_rows", num_rows}, {"width"}}, {buffer_dtype},
+                 Layout::kUnitStride);
+  };
+  check_buffer(residual, "residual", kFp32);
+  check_buffer(normed, "normed", dtype);
+  check_buffer(wide, "wide", dtype);
+  const ForwardArgs args{
+      .model = &m,
+      .layers = layer_weights,
+      .eps = static_cast<float>(eps),
+      .is_bf16 = is_bf16(wide),
+      .num_rows = num_rows,
+      .num_domain = num_domain,
+      .input_ids = data<int64_t>(input_ids),
+      .positions = data<int32_t>(positions),
+      .slot_mapping = data<int64_t>(slot_mapping),
+      .block_tables = data<int32_t>(block_tables),
+      .table_ids = data<int32_t>(table_ids),
+      .seq_lens = data<int32_t>(seq_lens),
+      .max_blocks = block_tables.size(1),
+      .num_splits = choose_num_splits(num_rows, m.num_kv_heads, m.num_heads / m.num_kv_heads),
+      .cos = data<float>(cos),
+      .sin = data<float>(sin),
+      .alibi = data<float>(alibi),
+      .max_model_len = alibi ? alibi->size(1) : 0,
+      .k_cache = mutable_data<void>(k_cache),
+      .v_cache = mutable_data<void>(v_cache),
+      .num_blocks = shape.num_blocks,
+      .block_size = shape.block_size,
+      .residual = mutable_data<float>(residual),
+      .normed = mutable_data<void>(normed),
+      .wide = mutable_data<void>(wide),
+      .residual_stride = residual.stride(0),
+      .normed_stride = normed.stride(0),
+      .wide_stride = wide.stride(0),
+  };
+  check_forward_indices(args, block_tables.size(0), cos ? cos->size(0) : 0);
+  run_team([&](Team& team) { forward(args, team); });
+}
+
+void logits_op(const Tensor& model, double eps, const Tensor& residual, const Tensor& logit_rows,
+               const Tensor& is_base, const Tensor& normed, const Tensor& out) {
+  const ModelWeights& m = *struct_table<ModelWeights>(model, "model", 1);
+  check_tensor(residual, "residual", {{"num_rows"}, {"hidden_size", m.hidden_size}}, {kFp32},
+               Layout::kUnitStride);
+  check_tensor(logit_rows, "logit_rows", {{"num_passes"}, {"num_seqs"}}, {kInt64});
+  const int64_t num_passes = logit_rows.size(0), num_seqs = logit_rows.size(1);
+  check_that(num_passes >= 1 && num_passes <= 3,
+             "logit_rows must have 1 to 3 passes, got " + std::to_string(num_passes));
+  check_tensor(is_base, "is_base", {{"num_passes", num_passes}}, {ScalarType::Bool});
+  check_tensor(normed, "normed",
+               {{"num_passes * num_seqs", num_passes * num_seqs}, {"hidden_size", m.hidden_size}},
+               {kBf16, kFp32});
+  check_tensor(out, "out",
+               {{"num_passes", num_passes}, {"num_seqs", num_seqs}, {"vocab_size", m.vocab_size}},
+               {kFp32});
+  check_range(data<int64_t>(logit_rows), num_passes * num_seqs, 0, residual.size(0), "logit_rows");
+  const LogitsArgs args{
+      .model = &m,
+      .eps = static_cast<float>(eps),
+      .is_bf16 = is_bf16(normed),
+      .residual = data<float>(residual),
+      .residual_stride = residual.stride(0),
+      .logit_rows = data<int64_t>(logit_rows),
+      .is_base = data<bool>(is_base),
+      .normed = mutable_data<void>(normed),
+      .logits = mutable_data<float>(out),
+      .num_passes = num_passes,
+      .num_seqs = num_seqs,
+  };
+  run_team([&](Team& team) { logits(args, team); });
+}
+
 void guided_sample_op(const Tensor& logits, const Tensor& weights, const Tensor& inv_temperature,
                       const Tensor& greedy, const Tensor& log_alpha, const Tensor& top_k,
                       const Tensor& top_p_fixed, int64_t seed, const Tensor& stream_ids,
@@ -318,6 +472,14 @@ STABLE_TORCH_LIBRARY(steer_engine, m) {
       "Tensor table_ids, Tensor seq_lens, Tensor? alibi, int num_heads, float scale, "
       "Tensor(a!) out) -> ()");
   m.def(
+      "forward(Tensor model, Tensor layers, float eps, Tensor input_ids, Tensor positions, "
+      "Tensor slot_mapping, Tensor block_tables, Tensor table_ids, Tensor seq_lens, "
+      "int num_domain, Tensor? cos, Tensor? sin, Tensor? alibi, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, Tensor(c!) residual, Tensor(d!) normed, Tensor(e!) wide) -> ()");
+  m.def(
+      "logits(Tensor model, float eps, Tensor residual, Tensor logit_rows, Tensor is_base, "
+      "Tensor(a!) normed, Tensor(b!) out) -> ()");
+  m.def(
       "guided_sample(Tensor logits, Tensor weights, Tensor inv_temperature, Tensor greedy, "
       "Tensor log_alpha, Tensor top_k, Tensor top_p_fixed, int seed, Tensor stream_ids, "
       "Tensor steps, Tensor(a!) token_ids, Tensor(b!) logprobs, Tensor(c!) status, "
@@ -335,5 +497,7 @@ STABLE_TORCH_LIBRARY_IMPL(steer_engine, CPU, m) {
   m.impl("layer_norm", TORCH_BOX(&steer::layer_norm_op));
   m.impl("rotary_and_store", TORCH_BOX(&steer::rotary_and_store_op));
   m.impl("paged_attention", TORCH_BOX(&steer::paged_attention_op));
+  m.impl("forward", TORCH_BOX(&steer::forward_op));
+  m.impl("logits", TORCH_BOX(&steer::logits_op));
   m.impl("guided_sample", TORCH_BOX(&steer::guided_sample_op));
 }

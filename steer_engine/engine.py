@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from . import ops, sampler
+from . import sampler
 from .dataset import SyntheticDataset, is_unicode
 from .errors import CapacityError
 from .generation import Convergence, DatasetRequest, DatasetRun
 from .guidance import Guidance, PassKind
 from .kv_cache import KVCache
+from .loader import ModelLoader
 from .machine import BLOCK_SIZE, DTYPES, EngineConfig, num_cache_blocks
-from .model import ModelLoader
 from .negatives import NegativePrompts
 from .pair import ModelPair
 from .sampling import SamplingParams
@@ -66,9 +66,7 @@ class Engine:
         self.has_domain = pair.domain is not None
         self._pair = pair
         device, dtype = torch.device(self.config.device), DTYPES[self.config.dtype]
-        loader = ModelLoader(
-            pair.base, pair.domain, ops.implementation(self.config.backend), dtype, device
-        )
+        loader = ModelLoader(pair.base, pair.domain, self.config.backend, dtype, device)
         try:
             self.model = loader.load(self.config.max_model_len)
             num_blocks = num_cache_blocks(self.config, self.model_config)
@@ -178,7 +176,9 @@ class Engine:
         only = [float(kind is k) for k in PassKind]
         first = SamplingParams(max_tokens=1)
         sequences = self._sequences(prompts, None, Guidance(*only), first, seed=0)
-        return self._joined(logits[-1].cpu() for logits, _ in self._first_logits(sequences))
+        return self._joined(
+            logits[-1].to("cpu", copy=True) for logits, _ in self._first_logits(sequences)
+        )
 
     def generate_dataset(
         self,
@@ -359,7 +359,8 @@ class Engine:
     ) -> Iterator[tuple[torch.Tensor, DecodeRows]]:
         """Logits behind the prompts, in order, as many sequences at a time as fit.
 
-        While one item is handled, `scheduler.running` holds its sequences.
+        While one item is handled, `scheduler.running` holds its sequences. The next item overwrites
+        the logits.
         """
         self.scheduler.waiting.extend(sequences)
         try:

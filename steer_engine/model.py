@@ -1,30 +1,34 @@
 """The Falcon forward pass over the stacked rows of all passes.
 
 Rows of the domain weights (domain and negative passes) come first, the base's behind one boundary.
-A LoRA domain model shares the base's weights: an adapted module is one matrix [W | scale*B], and
-its input is [x | A x] for domain rows, [x | 0] for base rows, so one product serves all passes. A
-full fine-tune has weights of its own and splits each product at the boundary. The residual stream
-is fp32.
+A LoRA domain model shares the base's weights: a product's weight is [W | scale*B], and its input is
+[x | A x] for domain rows, [x | 0] for base rows, so one product serves all passes. A full fine-tune
+has weights of its own and splits each product at the boundary. The residual stream is fp32.
+
+Where one norm feeds attention and MLP (Falcon-7B), a layer is two products, on one wide buffer:
+
+    [up | q | k | v] = norm(residual) [W_up, W_qkv]^T       GELU on up
+    q = attention(q, k, v)                                  in place; k and v go to the cache
+    residual += [up | q] [W_down | W_dense]^T
+
+An adapter's A x of the second product takes the columns of k and v, which are in the cache by then.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from .checkpoint import Checkpoint, ModuleKind
 from .config import FalconConfig
-from .errors import CheckpointError
 from .guidance import PassKind
 from .kv_cache import KVCache
-from .lora import LoraAdapter
 
-logger = logging.getLogger(__name__)
+ROW_ALIGNMENT = 64  # numbers; rows of a buffer begin at a multiple of it
 
 
 class Batch(NamedTuple):
@@ -50,9 +54,38 @@ class Batch(NamedTuple):
     is_prefill: bool
 
 
+class Buffers(NamedTuple):
+    """What a forward computes in; contents are garbage between layers but for the residual.
+
+    residual: [num_rows, hidden_size] fp32.
+    normed: [num_rows, at least hidden_size], a norm's output; room for A x behind it.
+    wide: [num_rows, at least ffn_hidden_size + qkv_size], laid out [up | q | k | v].
+    """
+
+    residual: torch.Tensor
+    normed: torch.Tensor
+    wide: torch.Tensor
+
+    @classmethod
+    def allocate(
+        cls, num_rows: int, widths: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> Buffers:
+        """widths: of residual, normed and wide."""
+
+        def rows(width: int, dtype: torch.dtype) -> torch.Tensor:
+            aligned = -(-width // ROW_ALIGNMENT) * ROW_ALIGNMENT
+            return torch.empty(num_rows, aligned, dtype=dtype, device=device)[:, :width]
+
+        residual, normed, wide = widths
+        return cls(rows(residual, torch.float32), rows(normed, dtype), rows(wide, dtype))
+
+    def first(self, num_rows: int) -> Buffers:
+        return Buffers(*(b[:num_rows] for b in self))
+
+
 @dataclass
 class StackedLinear:
-    """One linear module for both weight sets.
+    """One product for both weight sets.
 
     ops: the backend's module of functions.
     weight, bias: the base's; scale*B stands beside the weight where lora_a is set.
@@ -67,10 +100,17 @@ class StackedLinear:
     domain_bias: torch.Tensor | None = None
     lora_a: NamedTuple | None = None
 
+    @property
+    def width(self) -> int:
+        """Columns of the input, those for A x included."""
+        return self.weight.in_features
+
     def __call__(
         self, x: torch.Tensor, num_domain: int, out: torch.Tensor, **epilogue
     ) -> torch.Tensor:
-        """Apply the module to x, [num_rows, in_features]; writes and returns out.
+        """Apply the product to x, [num_rows, width]; writes and returns out.
+
+        With an adapter the last columns of x are overwritten with A x, or 0 in the base's rows.
 
         num_domain: rows below it use the domain weights.
         epilogue: gelu_columns or accumulate, see reference.linear.
@@ -85,11 +125,9 @@ class StackedLinear:
                 linear(x[rows], weight, out[rows], bias=bias, **epilogue)
             return out
         if self.lora_a is not None:
-            num_rows, in_features = x.shape
-            extended = x.new_zeros(num_rows, self.weight.in_features)
-            extended[:, :in_features] = x
-            linear(x[:num_domain], self.lora_a, extended[:num_domain, in_features:])
-            x = extended
+            in_features = self.lora_a.in_features
+            linear(x[:num_domain, :in_features], self.lora_a, x[:num_domain, in_features:])
+            x[num_domain:, in_features:] = 0
         return linear(x, self.weight, out, bias=self.bias, **epilogue)
 
 
@@ -105,23 +143,79 @@ class StackedNorm:
     base: tuple[torch.Tensor, torch.Tensor]
     domain: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def __call__(self, x: torch.Tensor, num_domain: int, dtype: torch.dtype) -> torch.Tensor:
-        """Normalise x, [num_rows, hidden_size] fp32; returns the same shape in dtype."""
-        out = torch.empty_like(x, dtype=dtype)
+    def __call__(self, x: torch.Tensor, num_domain: int, out: torch.Tensor) -> torch.Tensor:
+        """Normalise x, [num_rows, hidden_size] fp32, into the front columns of out; returns out."""
+        to = out[:, : x.shape[1]]
         if self.domain is None:
-            return self.ops.layer_norm(x, *self.base, self.eps, out)
-        self.ops.layer_norm(x[:num_domain], *self.domain, self.eps, out[:num_domain])
-        self.ops.layer_norm(x[num_domain:], *self.base, self.eps, out[num_domain:])
+            self.ops.layer_norm(x, *self.base, self.eps, to)
+        else:
+            self.ops.layer_norm(x[:num_domain], *self.domain, self.eps, to[:num_domain])
+            self.ops.layer_norm(x[num_domain:], *self.base, self.eps, to[num_domain:])
         return out
 
 
 @dataclass
-class Layer:
-    """One block. mlp_norm is None where attention and MLP share a norm."""
+class FusedLayer:
+    """A block whose attention and MLP read one norm: two products (see the head of this file)."""
+
+    norm: StackedNorm
+    up_qkv: StackedLinear
+    down_dense: StackedLinear
+
+    @property
+    def products(self) -> tuple[StackedLinear, ...]:
+        return (self.up_qkv, self.down_dense)
+
+    def forward(
+        self, buffers: Buffers, config: FalconConfig, num_domain: int, attend: Callable
+    ) -> None:
+        """Add the block's output to the residual. attend: of one layer, in place over q."""
+        residual, normed, wide = buffers
+        ffn = config.ffn_hidden_size
+        up_qkv = wide[:, : ffn + config.qkv_size]
+        self.norm(residual, num_domain, normed)
+        self.up_qkv(normed[:, : self.up_qkv.width], num_domain, up_qkv, gelu_columns=ffn)
+        attend(up_qkv[:, ffn:])
+        self.down_dense(wide[:, : self.down_dense.width], num_domain, residual, accumulate=True)
+
+
+@dataclass
+class SplitLayer:
+    """A block with a norm each for attention and MLP: four products on the same buffers."""
 
     attention_norm: StackedNorm
-    mlp_norm: StackedNorm | None
-    linears: dict[ModuleKind, StackedLinear]
+    mlp_norm: StackedNorm
+    qkv: StackedLinear
+    dense: StackedLinear
+    up: StackedLinear
+    down: StackedLinear
+
+    @property
+    def products(self) -> tuple[StackedLinear, ...]:
+        return (self.qkv, self.dense, self.up, self.down)
+
+    def forward(
+        self, buffers: Buffers, config: FalconConfig, num_domain: int, attend: Callable
+    ) -> None:
+        """See FusedLayer.forward."""
+        residual, normed, wide = buffers
+        ffn = config.ffn_hidden_size
+        qkv = wide[:, ffn : ffn + config.qkv_size]
+        self.attention_norm(residual, num_domain, normed)
+        self.qkv(normed[:, : self.qkv.width], num_domain, qkv)
+        attend(qkv)
+        # In a parallel block both branches read the residual before either adds to it.
+        if config.is_parallel:
+            self._up(buffers, num_domain, ffn)
+        self.dense(wide[:, ffn : ffn + self.dense.width], num_domain, residual, accumulate=True)
+        if not config.is_parallel:
+            self._up(buffers, num_domain, ffn)
+        self.down(wide[:, : self.down.width], num_domain, residual, accumulate=True)
+
+    def _up(self, buffers: Buffers, num_domain: int, ffn: int) -> None:
+        residual, normed, wide = buffers
+        self.mlp_norm(residual, num_domain, normed)
+        self.up(normed[:, : self.up.width], num_domain, wide[:, :ffn], gelu_columns=ffn)
 
 
 @dataclass
@@ -129,7 +223,8 @@ class FalconModel:
     """Weights of one or both models, and the forward pass over stacked rows.
 
     Domain parts (domain_embedding, domain_head, those of the layers) are None where the base's
-    serve. A tied head is the embedding itself.
+    serve. A tied head is the embedding itself. Buffers are kept between calls, so what a call
+    returns holds until the next one.
     """
 
     config: FalconConfig
@@ -140,10 +235,12 @@ class FalconModel:
     head: NamedTuple
     domain_embedding: NamedTuple | None
     domain_head: NamedTuple | None
-    layers: list[Layer]
+    layers: list[FusedLayer | SplitLayer]
     final_norm: StackedNorm
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     alibi: torch.Tensor | None
+    _buffers: Buffers | None = field(default=None, init=False)
+    _logits: torch.Tensor | None = field(default=None, init=False)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
@@ -151,29 +248,16 @@ class FalconModel:
 
         Returns: the residual, [num_tokens, hidden_size] fp32.
         """
-        config, num_domain = self.config, batch.num_domain_tokens
-        num_tokens = batch.input_ids.shape[0]
-        residual = self._embed(batch.input_ids, num_domain)
-        qkv = self._buffer(num_tokens, config.qkv_size)
-        attended = self._buffer(num_tokens, config.hidden_size)
-        up = self._buffer(num_tokens, config.ffn_hidden_size)
+        num_domain = batch.num_domain_tokens
+        buffers = self._buffers_for(batch.input_ids.shape[0])
+        self._embed(batch.input_ids, num_domain, buffers.residual)
         for index, layer in enumerate(self.layers):
-            normed = layer.attention_norm(residual, num_domain, self.dtype)
-            layer.linears[ModuleKind.QKV](normed, num_domain, qkv)
-            self._attend(qkv, batch, kv_cache, index, attended)
-            if config.is_parallel:
-                # Both branches read the residual before either adds to it.
-                if layer.mlp_norm is not None:
-                    normed = layer.mlp_norm(residual, num_domain, self.dtype)
-                layer.linears[ModuleKind.DENSE](attended, num_domain, residual, accumulate=True)
-            else:
-                layer.linears[ModuleKind.DENSE](attended, num_domain, residual, accumulate=True)
-                normed = layer.mlp_norm(residual, num_domain, self.dtype)
-            layer.linears[ModuleKind.UP](
-                normed, num_domain, up, gelu_columns=config.ffn_hidden_size
-            )
-            layer.linears[ModuleKind.DOWN](up, num_domain, residual, accumulate=True)
-        return residual
+
+            def attend(qkv: torch.Tensor, index: int = index) -> None:
+                self._attend(qkv, batch, kv_cache.k[index], kv_cache.v[index])
+
+            layer.forward(buffers, self.config, num_domain, attend)
+        return buffers.residual
 
     @torch.inference_mode()
     def compute_logits(
@@ -185,29 +269,30 @@ class FalconModel:
         logit_rows: [num_passes, num_seqs] int64, rows of residual.
         passes: the kind of each line of logit_rows, which decides the weight set.
         """
-        num_passes, num_seqs = logit_rows.shape
-        shape = (num_passes, num_seqs, self.config.vocab_size)
-        logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        logits = self._logits_for(*logit_rows.shape)
+        num_seqs = logits.shape[1]
         rows = residual[logit_rows.flatten()]
+        normed = torch.empty_like(rows, dtype=self.dtype)
         if self.final_norm.domain is None and self.domain_head is None:
-            normed = self.final_norm(rows, 0, self.dtype)
-            self.ops.linear(normed, self.head, logits.flatten(0, 1))
+            self.ops.linear(self.final_norm(rows, 0, normed), self.head, logits.flatten(0, 1))
             return logits
-        for kind, part, out in zip(passes, rows.split(num_seqs), logits, strict=True):
+        parts = zip(passes, rows.split(num_seqs), normed.split(num_seqs), logits, strict=True)
+        for kind, part, part_normed, out in parts:
             is_base = kind is PassKind.BASE
-            normed = self.final_norm(part, 0 if is_base else num_seqs, self.dtype)
-            self.ops.linear(normed, self.head if is_base else self.domain_head or self.head, out)
+            self.final_norm(part, 0 if is_base else num_seqs, part_normed)
+            head = self.head if is_base else self.domain_head or self.head
+            self.ops.linear(part_normed, head, out)
         return logits
 
     def _attend(
-        self, qkv: torch.Tensor, batch: Batch, kv_cache: KVCache, layer: int, out: torch.Tensor
+        self, qkv: torch.Tensor, batch: Batch, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> None:
-        """Rotary, KV write and attention of one layer; writes out."""
+        """Rotary, KV write and attention of one layer; the result replaces q."""
         config = self.config
-        k_cache, v_cache = kv_cache.k[layer], kv_cache.v[layer]
         cos, sin = self.rotary or (None, None)
         keys = (k_cache, v_cache, batch.block_tables, batch.table_ids, batch.seq_lens)
-        rest = (self.alibi, config.num_heads, 1.0 / math.sqrt(config.head_dim), out)
+        attended = qkv[:, : config.hidden_size]
+        rest = (self.alibi, config.num_heads, 1.0 / math.sqrt(config.head_dim), attended)
         if not batch.is_prefill:
             self.ops.mqa_decode(qkv, cos, sin, *keys, *rest)
             return
@@ -215,151 +300,28 @@ class FalconModel:
         self.ops.rotary_and_store(qkv, cos, sin, *slots, config.num_heads, k_cache, v_cache)
         self.ops.paged_attention(qkv, *keys, *rest)
 
-    def _embed(self, input_ids: torch.Tensor, num_domain: int) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor, num_domain: int, out: torch.Tensor) -> None:
         if self.domain_embedding is None:
-            return self.ops.embedding(self.embedding, input_ids)
-        return torch.cat(
-            (
-                self.ops.embedding(self.domain_embedding, input_ids[:num_domain]),
-                self.ops.embedding(self.embedding, input_ids[num_domain:]),
-            )
-        )
+            out.copy_(self.ops.embedding(self.embedding, input_ids))
+            return
+        out[:num_domain] = self.ops.embedding(self.domain_embedding, input_ids[:num_domain])
+        out[num_domain:] = self.ops.embedding(self.embedding, input_ids[num_domain:])
 
-    def _buffer(self, num_tokens: int, size: int) -> torch.Tensor:
-        return torch.empty(num_tokens, size, dtype=self.dtype, device=self.device)
+    def _buffers_for(self, num_rows: int) -> Buffers:
+        if self._buffers is None or len(self._buffers.residual) < num_rows:
+            hidden, ffn = self.config.hidden_size, self.config.ffn_hidden_size
+            # A x may begin at the end of any input, so the widest adapter fits behind all of them.
+            rank = max(p.lora_a.out_features if p.lora_a else 0 for p in self._all_products())
+            widths = (hidden, hidden + rank, ffn + max(self.config.qkv_size, hidden + rank))
+            self._buffers = Buffers.allocate(num_rows, widths, self.dtype, self.device)
+        return self._buffers.first(num_rows)
 
+    def _all_products(self) -> list[StackedLinear]:
+        return [product for layer in self.layers for product in layer.products]
 
-def rotary_tables(config: FalconConfig, max_model_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * theta**(-2 i / head_dim).
-
-    Returns: two tables, [max_model_len, head_dim / 2] fp32 each.
-    Source: RoPE, Su et al. 2021 (arXiv:2104.09864).
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    angles = torch.outer(torch.arange(max_model_len, dtype=torch.float32), frequencies)
-    return angles.cos(), angles.sin()
-
-
-def alibi_table(config: FalconConfig, max_model_len: int) -> torch.Tensor:
-    """Alibi's bias per head and key position, divided by sqrt(head_dim).
-
-    Falcon-RW was trained with slopes, positions and their products rounded to bf16; rounding alike
-    keeps the logits.
-
-    Returns: [num_heads, max_model_len] fp32.
-    Source: Press et al. 2021 (arXiv:2108.12409).
-    """
-    power = 2 ** math.floor(math.log2(config.num_heads))
-    num_extra = config.num_heads - power
-    slopes = torch.pow(torch.tensor(2.0 ** (-8 / power)), torch.arange(1, power + 1))
-    extra = torch.pow(torch.tensor(2.0 ** (-4 / power)), 2 * torch.arange(num_extra) + 1)
-    slopes = torch.cat((slopes, extra))
-    products = slopes[:, None].bfloat16() * torch.arange(max_model_len)
-    return products.float() / math.sqrt(config.head_dim)
-
-
-class ModelLoader:
-    """Streams checkpoints into a FalconModel tensor by tensor, so no second copy exists."""
-
-    def __init__(
-        self,
-        base: Checkpoint,
-        domain: Checkpoint | LoraAdapter | None,
-        ops: ModuleType,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        self.base = base
-        self.finetune = domain if isinstance(domain, Checkpoint) else None
-        self.adapter = domain if isinstance(domain, LoraAdapter) else None
-        self.ops, self.dtype, self.device = ops, dtype, device
-        self._changes_logits = self.adapter is None or self.adapter.head is not None
-
-    def load(self, max_model_len: int) -> FalconModel:
-        """Read all weights.
-
-        Raises: CheckpointError for NaN, infinity, files that changed since they were checked, and
-            an adapter whose updates are all 0.
-        """
-        config = self.base.config
-        embedding = self._pack(self.base.read_embedding())
-        head = self._head(self.base, embedding)
-        domain_embedding = domain_head = None
-        if self.finetune is not None:
-            domain_embedding = self._pack(self.finetune.read_embedding())
-            domain_head = self._head(self.finetune, domain_embedding)
-        elif self.adapter is not None and self.adapter.head is not None:
-            domain_head = self._pack(self.adapter.read_head())
-        layers = []
-        for index in range(config.num_layers):
-            layers.append(self._layer(index))
-            logger.info("loaded layer %d of %d", index + 1, config.num_layers)
-        if not self._changes_logits:
-            raise CheckpointError(
-                f"{self.adapter.directory}: every LoRA update is 0, so domain and base are the "
-                "same model; train the adapter before using it"
-            )
-        tables = None if config.uses_alibi else rotary_tables(config, max_model_len)
-        alibi = alibi_table(config, max_model_len).to(self.device) if config.uses_alibi else None
-        return FalconModel(
-            config=config,
-            ops=self.ops,
-            dtype=self.dtype,
-            device=self.device,
-            embedding=embedding,
-            head=head,
-            domain_embedding=domain_embedding,
-            domain_head=domain_head,
-            layers=layers,
-            final_norm=self._norm(
-                self.base.read_final_norm(), self.finetune and self.finetune.read_final_norm()
-            ),
-            rotary=tables and tuple(t.to(self.device) for t in tables),
-            alibi=alibi,
-        )
-
-    def _layer(self, index: int) -> Layer:
-        base_norms = self.base.read_norms(index)
-        domain_norms = self.finetune.read_norms(index) if self.finetune else [None] * 2
-        norms = [self._norm(b, d) for b, d in zip(base_norms, domain_norms, strict=False)]
-        return Layer(
-            attention_norm=norms[0],
-            mlp_norm=norms[1] if len(norms) > 1 else None,
-            linears={kind: self._linear(index, kind) for kind in ModuleKind},
-        )
-
-    def _linear(self, layer: int, kind: ModuleKind) -> StackedLinear:
-        weight = self.base.read_linear(layer, kind)
-        lora = self.adapter.read(layer, kind) if self.adapter else None
-        if lora is not None:
-            self._changes_logits |= bool(lora.a.any() and lora.b.any())
-            weight = torch.cat((weight.to(self.dtype), lora.b.to(self.dtype)), dim=1)
-        stacked = StackedLinear(
-            ops=self.ops,
-            weight=self._pack(weight),
-            bias=self._vector(self.base.read_linear_bias(layer, kind)),
-            lora_a=None if lora is None else self._pack(lora.a),
-        )
-        if self.finetune is not None:
-            stacked.domain_weight = self._pack(self.finetune.read_linear(layer, kind))
-            stacked.domain_bias = self._vector(self.finetune.read_linear_bias(layer, kind))
-        return stacked
-
-    def _head(self, checkpoint: Checkpoint, embedding):
-        head = checkpoint.read_untied_head()
-        return embedding if head is None else self._pack(head)
-
-    def _norm(self, base, domain) -> StackedNorm:
-        def to_fp32(pair):
-            return tuple(self._vector(t) for t in pair) if pair else None
-
-        return StackedNorm(
-            self.ops, self.base.config.layer_norm_epsilon, to_fp32(base), to_fp32(domain)
-        )
-
-    def _vector(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.float().to(self.device)
-
-    def _pack(self, weight: torch.Tensor):
-        return self.ops.pack_weight(weight.to(self.device, self.dtype))
+    def _logits_for(self, num_passes: int, num_seqs: int) -> torch.Tensor:
+        """[num_passes, num_seqs, vocab_size] fp32, from the front of a buffer that only grows."""
+        shape = (num_passes, num_seqs, self.config.vocab_size)
+        if self._logits is None or self._logits.numel() < math.prod(shape):
+            self._logits = torch.empty(math.prod(shape), dtype=torch.float32, device=self.device)
+        return self._logits[: math.prod(shape)].view(shape)

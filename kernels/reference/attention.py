@@ -71,7 +71,7 @@ def paged_attention(
         table_ids: [num_tokens] int32, each row's table.
         seq_lens: [num_tokens] int32, how many keys each row sees.
         alibi: [num_heads, max_model_len] fp32, added per key position; None: no bias.
-        out: [num_tokens, num_heads * head_dim], dtype of qkv.
+        out: [num_tokens, num_heads * head_dim], dtype of qkv; may be the columns of q.
     Returns: out. Slots at or beyond a row's seq_len are never used; a row of seq_len 0 gives zeros.
     Source: PagedAttention, Kwon et al. 2023 (arXiv:2309.06180); multi-query, Shazeer 2019
         (arXiv:1911.02150).
@@ -79,12 +79,14 @@ def paged_attention(
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     num_queries = num_heads // num_kv_heads
     q = qkv[:, : num_heads * head_dim].view(-1, num_kv_heads, num_queries, head_dim).float()
-    out.zero_()
     num_blocks = (seq_lens + block_size - 1) // block_size
     # Rows with equally many blocks go together, so longer neighbours do not change a row's shapes.
     for count in num_blocks.unique().tolist():
         all_rows = (num_blocks == count).nonzero()[:, 0]
-        for rows in all_rows.split(MAX_ROWS_AT_ONCE) if count else ():
+        for rows in all_rows.split(MAX_ROWS_AT_ONCE):
+            if count == 0:
+                out[rows] = 0
+                continue
             blocks = block_tables[table_ids[rows].long(), :count].long()
             key_positions = torch.arange(count * block_size, device=qkv.device)
             is_visible = key_positions < seq_lens[rows, None]

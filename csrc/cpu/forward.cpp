@@ -1,0 +1,307 @@
+#include "cpu/forward.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/bf16.h"
+#include "cpu/dispatch.h"
+
+namespace steer {
+
+namespace {
+
+// Rows of a buffer, from some column on.
+struct Rows {
+  void* data;
+  int64_t stride;  // in elements
+  bool is_bf16;
+
+  void* row(int64_t index) const {
+    return static_cast<char*>(data) + index * stride * (is_bf16 ? 2 : 4);
+  }
+  Rows from_row(int64_t index) const { return {row(index), stride, is_bf16}; }
+  Rows from_column(int64_t index) const {
+    return {static_cast<char*>(data) + index * (is_bf16 ? 2 : 4), stride, is_bf16};
+  }
+};
+
+int64_t num_panels(int64_t out_features) {
+  return round_up(out_features, kPanelWidth) / kPanelWidth;
+}
+
+LinearArgs linear_args(const void* weight, const float* bias, Rows x, int64_t in_features, Rows out,
+                       int64_t out_features, int64_t num_rows) {
+  return {
+      .x = x.data,
+      .x_row_stride = x.stride,
+      .packed = weight,
+      .bias = bias,
+      .out = out.data,
+      .out_row_stride = out.stride,
+      .num_rows = num_rows,
+      .in_features = in_features,
+      .out_features = out_features,
+      .gelu_columns = 0,
+      .is_bf16 = x.is_bf16,
+      .out_is_bf16 = out.is_bf16,
+      .accumulate = false,
+  };
+}
+
+// One row of a packed weight in fp32: the row's values lie kLanes pairs (bf16) or values apart.
+template <class T>
+void unpack_row(const void* packed, int64_t index, int64_t in_features, float* out) {
+  constexpr int64_t step = sizeof(T) == 2 ? 2 : 1;
+  const int64_t group_size = kLanes * round_up(in_features, step);
+  const T* from =
+      static_cast<const T*>(packed) + index / kLanes * group_size + index % kLanes * step;
+  for (int64_t k = 0; k < in_features; ++k) {
+    out[k] = to_float(from[k / step * step * kLanes + k % step]);
+  }
+}
+
+class ForwardPass {
+ public:
+  ForwardPass(const ForwardArgs& args, Team& team)
+      : a_(args), m_(*args.model), team_(team), head_dim_(m_.hidden_size / m_.num_heads) {}
+
+  void run() {
+    embed();
+    for (int64_t layer = 0; layer < m_.num_layers; ++layer) {
+      m_.is_fused ? run_fused(a_.layers[layer], layer) : run_split(a_.layers[layer], layer);
+    }
+  }
+
+ private:
+  Rows residual() const { return {a_.residual, a_.residual_stride, false}; }
+  Rows normed() const { return {a_.normed, a_.normed_stride, a_.is_bf16}; }
+  Rows wide() const { return {a_.wide, a_.wide_stride, a_.is_bf16}; }  // [up | q | k | v]
+  Rows qkv() const { return wide().from_column(m_.ffn_hidden_size); }
+
+  void run_fused(const LayerWeights& w, int64_t layer) {
+    norm(w.norm);
+    product(w.up, normed(), wide(), m_.ffn_hidden_size);
+    attend(layer);
+    product(w.down, wide(), residual(), 0, /*accumulate=*/true);
+  }
+
+  void run_split(const LayerWeights& w, int64_t layer) {
+    norm(w.norm);
+    product(w.qkv, normed(), qkv());
+    attend(layer);
+    // In a parallel block both branches read the residual before either adds to it.
+    if (m_.is_parallel) up(w);
+    product(w.dense, qkv(), residual(), 0, /*accumulate=*/true);
+    if (!m_.is_parallel) up(w);
+    product(w.down, wide(), residual(), 0, /*accumulate=*/true);
+  }
+
+  void up(const LayerWeights& w) {
+    norm(w.mlp_norm);
+    product(w.up, normed(), wide(), m_.ffn_hidden_size);
+  }
+
+  void embed() {
+    team_.stage(a_.num_rows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const bool is_domain = row < a_.num_domain && m_.domain_embedding;
+        const void* packed = is_domain ? m_.domain_embedding : m_.embedding;
+        float* out = static_cast<float*>(residual().row(row));
+        a_.is_bf16 ? unpack_row<bf16>(packed, a_.input_ids[row], m_.hidden_size, out)
+                   : unpack_row<float>(packed, a_.input_ids[row], m_.hidden_size, out);
+      }
+    });
+  }
+
+  // residual -> normed
+  void norm(const StackedNorm& w) {
+    LayerNormArgs base{
+        .x = a_.residual,
+        .x_row_stride = a_.residual_stride,
+        .weight = w.weight,
+        .bias = w.bias,
+        .out = a_.normed,
+        .out_row_stride = a_.normed_stride,
+        .num_rows = a_.num_rows,
+        .hidden_size = m_.hidden_size,
+        .eps = a_.eps,
+        .out_is_bf16 = a_.is_bf16,
+    };
+    LayerNormArgs domain = base;
+    if (w.domain_weight) {
+      domain.weight = w.domain_weight;
+      domain.bias = w.domain_bias;
+    }
+    team_.stage(a_.num_rows, [&](int64_t begin, int64_t end) {
+      const int64_t boundary = std::clamp(a_.num_domain, begin, end);
+      kernels().layer_norm(domain, begin, boundary);
+      kernels().layer_norm(base, boundary, end);
+    });
+  }
+
+  void product(const StackedProduct& p, Rows x, Rows out, int64_t gelu_columns = 0,
+               bool accumulate = false) {
+    if (p.lora_a) adapt(p, x);
+    const bool has_two = p.domain_weight != nullptr;
+    const int64_t num_base = has_two ? a_.num_rows - a_.num_domain : a_.num_rows;
+    const int64_t first_base = a_.num_rows - num_base;
+    LinearArgs base = linear_args(p.weight, p.bias, x.from_row(first_base), p.in_features,
+                                  out.from_row(first_base), p.out_features, num_base);
+    base.gelu_columns = gelu_columns;
+    base.accumulate = accumulate;
+    LinearArgs domain = base;
+    domain.packed = p.domain_weight;
+    domain.bias = p.domain_bias;
+    domain.x = x.data;
+    domain.out = out.data;
+    domain.num_rows = a_.num_domain;
+    // Both weight sets in one queue, so that no member waits between them.
+    const int64_t panels = num_panels(p.out_features);
+    const int64_t num_domain_tasks = has_two && a_.num_domain > 0 ? panels : 0;
+    const int64_t num_base_tasks = num_base > 0 ? panels : 0;
+    team_.stage(num_domain_tasks + num_base_tasks, [&](int64_t begin, int64_t end) {
+      const int64_t boundary = std::clamp(num_domain_tasks, begin, end);
+      kernels().linear(domain, begin, boundary);
+      kernels().linear(base, boundary - num_domain_tasks, end - num_domain_tasks);
+    });
+  }
+
+  // The last columns of x: A x for domain rows, 0 for the base's.
+  void adapt(const StackedProduct& p, Rows x) {
+    const int64_t in_features = p.in_features - p.rank;
+    const Rows s = x.from_column(in_features);
+    const LinearArgs args =
+        linear_args(p.lora_a, nullptr, x, in_features, s, p.rank, a_.num_domain);
+    const int64_t num_tasks = a_.num_domain > 0 ? num_panels(p.rank) : 0;
+    team_.stage(num_tasks + 1, [&](int64_t begin, int64_t end) {
+      kernels().linear(args, begin, std::min(end, num_tasks));
+      if (end <= num_tasks) return;
+      for (int64_t row = a_.num_domain; row < a_.num_rows; ++row) {
+        std::memset(s.row(row), 0, p.rank * (s.is_bf16 ? 2 : 4));
+      }
+    });
+  }
+
+  // Rotary, KV write and attention; the result replaces q.
+  void attend(int64_t layer) {
+    const int64_t layer_bytes =
+        a_.num_blocks * a_.block_size * m_.num_kv_heads * head_dim_ * (a_.is_bf16 ? 2 : 4) * layer;
+    void* k_cache = static_cast<char*>(a_.k_cache) + layer_bytes;
+    void* v_cache = static_cast<char*>(a_.v_cache) + layer_bytes;
+    const RotaryAndStoreArgs rotary{
+        .qkv = qkv().data,
+        .qkv_row_stride = a_.wide_stride,
+        .cos = a_.cos,
+        .sin = a_.sin,
+        .positions = a_.positions,
+        .slot_mapping = a_.slot_mapping,
+        .k_cache = k_cache,
+        .v_cache = v_cache,
+        .num_tokens = a_.num_rows,
+        .num_heads = m_.num_heads,
+        .num_kv_heads = m_.num_kv_heads,
+        .head_dim = head_dim_,
+        .is_bf16 = a_.is_bf16,
+    };
+    team_.stage(a_.num_rows, [&](int64_t begin, int64_t end) {
+      kernels().rotary_and_store(rotary, begin, end);
+    });
+    const PagedAttentionArgs attention{
+        .qkv = qkv().data,
+        .qkv_row_stride = a_.wide_stride,
+        .k_cache = k_cache,
+        .v_cache = v_cache,
+        .block_tables = a_.block_tables,
+        .max_blocks = a_.max_blocks,
+        .table_ids = a_.table_ids,
+        .seq_lens = a_.seq_lens,
+        .alibi = a_.alibi,
+        .max_model_len = a_.max_model_len,
+        .out = qkv().data,
+        .out_row_stride = a_.wide_stride,
+        .num_rows = a_.num_rows,
+        .num_heads = m_.num_heads,
+        .num_kv_heads = m_.num_kv_heads,
+        .head_dim = head_dim_,
+        .block_size = a_.block_size,
+        .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim_))),
+        .num_splits = a_.num_splits,
+        .is_bf16 = a_.is_bf16,
+    };
+    team_.stage(a_.num_rows * m_.num_kv_heads * a_.num_splits, [&](int64_t begin, int64_t end) {
+      kernels().paged_attention(attention, begin, end);
+    });
+  }
+
+  const ForwardArgs& a_;
+  const ModelWeights& m_;
+  Team& team_;
+  int64_t head_dim_;
+};
+
+// The head's product for the passes of one weight set. A panel of the head is used for all of them
+// while it lies in cache.
+struct HeadProduct {
+  LinearArgs passes[3];
+  int num_passes = 0;
+
+  void run(int64_t begin, int64_t end) const {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for (int i = 0; i < num_passes; ++i) kernels().linear(passes[i], panel, panel + 1);
+    }
+  }
+};
+
+}  // namespace
+
+void forward(const ForwardArgs& args, Team& team) { ForwardPass(args, team).run(); }
+
+void logits(const LogitsArgs& a, Team& team) {
+  const ModelWeights& m = *a.model;
+  const bool has_two = m.domain_head || m.final_norm.domain_weight;
+  const auto is_domain = [&](int64_t pass) { return has_two && !a.is_base[pass]; };
+  team.stage(a.num_passes * a.num_seqs, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const bool uses_domain = is_domain(row / a.num_seqs) && m.final_norm.domain_weight;
+      const LayerNormArgs args{
+          .x = a.residual + a.logit_rows[row] * a.residual_stride,
+          .x_row_stride = m.hidden_size,
+          .weight = uses_domain ? m.final_norm.domain_weight : m.final_norm.weight,
+          .bias = uses_domain ? m.final_norm.domain_bias : m.final_norm.bias,
+          .out = static_cast<char*>(a.normed) + row * m.hidden_size * (a.is_bf16 ? 2 : 4),
+          .out_row_stride = m.hidden_size,
+          .num_rows = 1,
+          .hidden_size = m.hidden_size,
+          .eps = a.eps,
+          .out_is_bf16 = a.is_bf16,
+      };
+      kernels().layer_norm(args, 0, 1);
+    }
+  });
+
+  const Rows normed{a.normed, m.hidden_size, a.is_bf16}, out{a.logits, m.vocab_size, false};
+  const auto args_of = [&](const void* head, int64_t first_row, int64_t num_rows) {
+    return linear_args(head, nullptr, normed.from_row(first_row), m.hidden_size,
+                       out.from_row(first_row), m.vocab_size, num_rows);
+  };
+  HeadProduct base, domain;
+  if (!m.domain_head) {
+    base.passes[base.num_passes++] = args_of(m.head, 0, a.num_passes * a.num_seqs);
+  } else {
+    for (int64_t pass = 0; pass < a.num_passes; ++pass) {
+      HeadProduct& product = a.is_base[pass] ? base : domain;
+      const void* head = a.is_base[pass] ? m.head : m.domain_head;
+      product.passes[product.num_passes++] = args_of(head, pass * a.num_seqs, a.num_seqs);
+    }
+  }
+  const int64_t panels = a.num_seqs > 0 ? num_panels(m.vocab_size) : 0;
+  const int64_t num_domain_tasks = domain.num_passes > 0 ? panels : 0;
+  const int64_t num_base_tasks = base.num_passes > 0 ? panels : 0;
+  team.stage(num_domain_tasks + num_base_tasks, [&](int64_t begin, int64_t end) {
+    const int64_t boundary = std::clamp(num_domain_tasks, begin, end);
+    domain.run(begin, boundary);
+    base.run(boundary - num_domain_tasks, end - num_domain_tasks);
+  });
+}
+
+}  // namespace steer

@@ -1,0 +1,83 @@
+// The forward pass of a Falcon over the stacked rows of all passes, as one team's stages; the same
+// ops with the same arguments as FalconModel.forward (steer_engine/model.py), so the same bits.
+#pragma once
+
+#include "cpu/ops.h"
+#include "cpu/team.h"
+
+namespace steer {
+
+// The structs below are filled from Python as tables of int64 (steer_engine/cpu_model.py):
+// addresses and sizes, 8 bytes each, in this order. A null address: not there.
+
+// A LayerNorm for both weight sets; without domain_weight the domain uses the base's.
+struct StackedNorm {
+  const float *weight, *bias;  // [hidden_size]
+  const float *domain_weight, *domain_bias;
+};
+
+// A product for both weight sets. With lora_a, `weight` is [W | scale*B] and the last `rank`
+// columns of the input receive A x.
+struct StackedProduct {
+  const void* weight;  // packed [out_features, in_features]
+  const float* bias;   // [out_features]
+  const void* domain_weight;
+  const float* domain_bias;
+  const void* lora_a;  // packed [rank, in_features - rank]
+  int64_t out_features, in_features, rank;
+};
+
+// Where one norm feeds attention and MLP: norm, up_qkv in `up` and down_dense in `down`; else all.
+struct LayerWeights {
+  StackedNorm norm, mlp_norm;
+  StackedProduct up, down, qkv, dense;
+};
+
+struct ModelWeights {
+  StackedNorm final_norm;
+  const void *embedding, *domain_embedding;  // packed [vocab_size, hidden_size]
+  const void *head, *domain_head;
+  int64_t hidden_size, ffn_hidden_size, num_heads, num_kv_heads, vocab_size, num_layers;
+  int64_t is_fused, is_parallel;
+};
+
+struct ForwardArgs {
+  const ModelWeights* model;
+  const LayerWeights* layers;  // [num_layers]
+  float eps;
+  bool is_bf16;
+  int64_t num_rows, num_domain;
+  const int64_t* input_ids;                            // [num_rows]
+  const int32_t* positions;                            // [num_rows]
+  const int64_t* slot_mapping;                         // [num_rows]
+  const int32_t *block_tables, *table_ids, *seq_lens;  // as in PagedAttentionArgs
+  int64_t max_blocks, num_splits;
+  const float *cos, *sin, *alibi;
+  int64_t max_model_len;    // columns of alibi
+  void *k_cache, *v_cache;  // [num_layers, num_blocks, block_size, num_kv_heads, head_dim]
+  int64_t num_blocks, block_size;
+  float* residual;      // [num_rows, hidden_size]
+  void *normed, *wide;  // see Buffers in model.py
+  int64_t residual_stride, normed_stride, wide_stride;
+};
+
+// Every member of the team calls it.
+void forward(const ForwardArgs& args, Team& team);
+
+struct LogitsArgs {
+  const ModelWeights* model;
+  float eps;
+  bool is_bf16;
+  const float* residual;
+  int64_t residual_stride;
+  const int64_t* logit_rows;  // [num_passes, num_seqs], rows of residual
+  const bool* is_base;        // [num_passes], which weight set
+  void* normed;               // [num_passes * num_seqs, hidden_size], scratch
+  float* logits;              // [num_passes, num_seqs, vocab_size]
+  int64_t num_passes, num_seqs;
+};
+
+// The final norm and the head for chosen rows. Every member of the team calls it.
+void logits(const LogitsArgs& args, Team& team);
+
+}  // namespace steer

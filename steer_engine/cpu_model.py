@@ -1,0 +1,126 @@
+"""FalconModel with the forward pass as one call into csrc (csrc/cpu/forward.h).
+
+The ops and their arguments are those of FalconModel, so the bits are the same; what is saved is the
+way back to Python and the start of threads for every op, which for a small model is most of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import torch
+
+from .guidance import PassKind
+from .kv_cache import KVCache
+from .model import Batch, FalconModel, FusedLayer, SplitLayer, StackedLinear, StackedNorm
+
+ABSENT = 0  # a null address
+
+
+class CpuFalconModel(FalconModel):
+    """See FalconModel; for weights in csrc's layout on the CPU."""
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+        buffers = self._buffers_for(batch.input_ids.shape[0])
+        cos, sin = self.rotary or (None, None)
+        torch.ops.steer_engine.forward(
+            self._model_table,
+            self._layer_table,
+            self.config.layer_norm_epsilon,
+            batch.input_ids,
+            batch.positions,
+            batch.slot_mapping,
+            batch.block_tables,
+            batch.table_ids,
+            batch.seq_lens,
+            batch.num_domain_tokens,
+            cos,
+            sin,
+            self.alibi,
+            kv_cache.k,
+            kv_cache.v,
+            *buffers,
+        )
+        return buffers.residual
+
+    @torch.inference_mode()
+    def compute_logits(
+        self, residual: torch.Tensor, logit_rows: torch.Tensor, passes: list[PassKind]
+    ) -> torch.Tensor:
+        logits = self._logits_for(*logit_rows.shape)
+        normed = torch.empty(logit_rows.numel(), self.config.hidden_size, dtype=self.dtype)
+        is_base = torch.tensor([kind is PassKind.BASE for kind in passes])
+        epsilon = self.config.layer_norm_epsilon
+        torch.ops.steer_engine.logits(
+            self._model_table, epsilon, residual, logit_rows, is_base, normed, logits
+        )
+        return logits
+
+    @cached_property
+    def _model_table(self) -> torch.Tensor:
+        """struct ModelWeights."""
+        config = self.config
+        is_fused = isinstance(self.layers[0], FusedLayer)
+        fields = [
+            *_norm_fields(self.final_norm),
+            *(
+                _address(w and w.data)
+                for w in (self.embedding, self.domain_embedding, self.head, self.domain_head)
+            ),
+            config.hidden_size,
+            config.ffn_hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.vocab_size,
+            config.num_layers,
+            int(is_fused),
+            int(config.is_parallel),
+        ]
+        return torch.tensor([fields], dtype=torch.int64)
+
+    @cached_property
+    def _layer_table(self) -> torch.Tensor:
+        """struct LayerWeights, one row per layer."""
+        return torch.tensor([_layer_fields(layer) for layer in self.layers], dtype=torch.int64)
+
+
+def _layer_fields(layer: FusedLayer | SplitLayer) -> list[int]:
+    if isinstance(layer, FusedLayer):
+        norms, products = (layer.norm, None), (layer.up_qkv, layer.down_dense, None, None)
+    else:
+        norms = (layer.attention_norm, layer.mlp_norm)
+        products = (layer.up, layer.down, layer.qkv, layer.dense)
+    return [*_flat(map(_norm_fields, norms)), *_flat(map(_product_fields, products))]
+
+
+def _norm_fields(norm: StackedNorm | None) -> list[int]:
+    """struct StackedNorm."""
+    if norm is None:
+        return [ABSENT] * 4
+    return [_address(t) for t in (*norm.base, *(norm.domain or (None, None)))]
+
+
+def _product_fields(product: StackedLinear | None) -> list[int]:
+    """struct StackedProduct."""
+    if product is None:
+        return [ABSENT] * 8
+    lora_a = product.lora_a
+    addresses = [
+        product.weight.data,
+        product.bias,
+        product.domain_weight and product.domain_weight.data,
+        product.domain_bias,
+        lora_a and lora_a.data,
+    ]
+    rank = 0 if lora_a is None else lora_a.out_features
+    return [*map(_address, addresses), product.weight.out_features, product.width, rank]
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return ABSENT if tensor is None else tensor.data_ptr()
+
+
+def _flat(parts: Iterable[list[int]]) -> list[int]:
+    return [field for part in parts for field in part]
