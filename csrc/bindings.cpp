@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <optional>
+#include <vector>
 
 #include "check_tensor.h"
 #include "cpu/dispatch.h"
@@ -292,8 +293,6 @@ CacheShape check_caches(const Tensor& k_cache, const Tensor& v_cache, const Mode
 void check_forward_indices(const ForwardArgs& a, int64_t num_tables, int64_t num_positions) {
   const ModelWeights& m = *a.model;
   check_range(a.input_ids, a.num_rows, 0, m.vocab_size, "input_ids");
-  check_range(a.slot_mapping, a.num_rows, -1, a.num_blocks * a.block_size, "slot_mapping");
-  if (a.cos) check_range(a.positions, a.num_rows, 0, num_positions, "positions");
   check_block_tables({.block_tables = a.block_tables,
                       .max_blocks = a.max_blocks,
                       .table_ids = a.table_ids,
@@ -303,20 +302,19 @@ void check_forward_indices(const ForwardArgs& a, int64_t num_tables, int64_t num
                       .num_rows = a.num_rows,
                       .block_size = a.block_size},
                      num_tables, a.num_blocks);
+  if (a.cos) check_range(a.seq_lens, a.num_rows, 0, num_positions + 1, "seq_lens");
 }
 
 void forward_op(const Tensor& model, const Tensor& layers, double eps, const Tensor& input_ids,
-                const Tensor& positions, const Tensor& slot_mapping, const Tensor& block_tables,
-                const Tensor& table_ids, const Tensor& seq_lens, int64_t num_domain,
-                const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                const std::optional<Tensor>& alibi, const Tensor& k_cache, const Tensor& v_cache,
-                const Tensor& residual, const Tensor& normed, const Tensor& wide) {
+                const Tensor& block_tables, const Tensor& table_ids, const Tensor& seq_lens,
+                int64_t num_domain, const std::optional<Tensor>& cos,
+                const std::optional<Tensor>& sin, const std::optional<Tensor>& alibi,
+                const Tensor& k_cache, const Tensor& v_cache, const Tensor& residual,
+                const Tensor& normed, const Tensor& wide) {
   const ModelWeights& m = *struct_table<ModelWeights>(model, "model", 1);
   const LayerWeights* layer_weights = struct_table<LayerWeights>(layers, "layers", m.num_layers);
   const int64_t num_rows = input_ids.size(0);
   check_tensor(input_ids, "input_ids", {{"num_rows"}}, {kInt64});
-  check_tensor(positions, "positions", {{"num_rows", num_rows}}, {kInt32});
-  check_tensor(slot_mapping, "slot_mapping", {{"num_rows", num_rows}}, {kInt64});
   check_tensor(block_tables, "block_tables", {{"num_tables"}, {"max_blocks"}}, {kInt32});
   check_tensor(table_ids, "table_ids", {{"num_rows", num_rows}}, {kInt32});
   check_tensor(seq_lens, "seq_lens", {{"num_rows", num_rows}}, {kInt32});
@@ -331,6 +329,8 @@ void forward_op(const Tensor& model, const Tensor& layers, double eps, const Ten
   check_buffer(residual, "residual", kFp32);
   check_buffer(normed, "normed", dtype);
   check_buffer(wide, "wide", dtype);
+  std::vector<int32_t> positions(num_rows);
+  std::vector<int64_t> slot_mapping(num_rows);
   const ForwardArgs args{
       .model = &m,
       .layers = layer_weights,
@@ -339,8 +339,6 @@ void forward_op(const Tensor& model, const Tensor& layers, double eps, const Ten
       .num_rows = num_rows,
       .num_domain = num_domain,
       .input_ids = data<int64_t>(input_ids),
-      .positions = data<int32_t>(positions),
-      .slot_mapping = data<int64_t>(slot_mapping),
       .block_tables = data<int32_t>(block_tables),
       .table_ids = data<int32_t>(table_ids),
       .seq_lens = data<int32_t>(seq_lens),
@@ -357,6 +355,8 @@ void forward_op(const Tensor& model, const Tensor& layers, double eps, const Ten
       .residual = mutable_data<float>(residual),
       .normed = mutable_data<void>(normed),
       .wide = mutable_data<void>(wide),
+      .positions = positions.data(),
+      .slot_mapping = slot_mapping.data(),
       .residual_stride = residual.stride(0),
       .normed_stride = normed.stride(0),
       .wide_stride = wide.stride(0),
@@ -366,7 +366,7 @@ void forward_op(const Tensor& model, const Tensor& layers, double eps, const Ten
 }
 
 void logits_op(const Tensor& model, double eps, const Tensor& residual, const Tensor& logit_rows,
-               const Tensor& is_base, const Tensor& normed, const Tensor& out) {
+               std::vector<bool> is_base, const Tensor& normed, const Tensor& out) {
   const ModelWeights& m = *struct_table<ModelWeights>(model, "model", 1);
   check_tensor(residual, "residual", {{"num_rows"}, {"hidden_size", m.hidden_size}}, {kFp32},
                Layout::kUnitStride);
@@ -374,7 +374,8 @@ void logits_op(const Tensor& model, double eps, const Tensor& residual, const Te
   const int64_t num_passes = logit_rows.size(0), num_seqs = logit_rows.size(1);
   check_that(num_passes >= 1 && num_passes <= 3,
              "logit_rows must have 1 to 3 passes, got " + std::to_string(num_passes));
-  check_tensor(is_base, "is_base", {{"num_passes", num_passes}}, {ScalarType::Bool});
+  check_that(static_cast<int64_t>(is_base.size()) == num_passes,
+             "is_base must have one value per pass, got " + std::to_string(is_base.size()));
   check_tensor(normed, "normed",
                {{"num_passes * num_seqs", num_passes * num_seqs}, {"hidden_size", m.hidden_size}},
                {kBf16, kFp32});
@@ -382,19 +383,20 @@ void logits_op(const Tensor& model, double eps, const Tensor& residual, const Te
                {{"num_passes", num_passes}, {"num_seqs", num_seqs}, {"vocab_size", m.vocab_size}},
                {kFp32});
   check_range(data<int64_t>(logit_rows), num_passes * num_seqs, 0, residual.size(0), "logit_rows");
-  const LogitsArgs args{
+  LogitsArgs args{
       .model = &m,
       .eps = static_cast<float>(eps),
       .is_bf16 = is_bf16(normed),
       .residual = data<float>(residual),
       .residual_stride = residual.stride(0),
       .logit_rows = data<int64_t>(logit_rows),
-      .is_base = data<bool>(is_base),
+      .is_base = {},
       .normed = mutable_data<void>(normed),
       .logits = mutable_data<float>(out),
       .num_passes = num_passes,
       .num_seqs = num_seqs,
   };
+  std::copy(is_base.begin(), is_base.end(), args.is_base);
   run_team([&](Team& team) { logits(args, team); });
 }
 
@@ -472,12 +474,12 @@ STABLE_TORCH_LIBRARY(steer_engine, m) {
       "Tensor table_ids, Tensor seq_lens, Tensor? alibi, int num_heads, float scale, "
       "Tensor(a!) out) -> ()");
   m.def(
-      "forward(Tensor model, Tensor layers, float eps, Tensor input_ids, Tensor positions, "
-      "Tensor slot_mapping, Tensor block_tables, Tensor table_ids, Tensor seq_lens, "
+      "forward(Tensor model, Tensor layers, float eps, Tensor input_ids, Tensor block_tables, "
+      "Tensor table_ids, Tensor seq_lens, "
       "int num_domain, Tensor? cos, Tensor? sin, Tensor? alibi, Tensor(a!) k_cache, "
       "Tensor(b!) v_cache, Tensor(c!) residual, Tensor(d!) normed, Tensor(e!) wide) -> ()");
   m.def(
-      "logits(Tensor model, float eps, Tensor residual, Tensor logit_rows, Tensor is_base, "
+      "logits(Tensor model, float eps, Tensor residual, Tensor logit_rows, bool[] is_base, "
       "Tensor(a!) normed, Tensor(b!) out) -> ()");
   m.def(
       "guided_sample(Tensor logits, Tensor weights, Tensor inv_temperature, Tensor greedy, "

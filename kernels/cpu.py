@@ -12,6 +12,7 @@ from .reference.guided_sample import Sampled, check_sampling_arguments, prepare_
 from .reference.linear import LinearWeight
 
 __all__ = [
+    "draw",
     "embedding",
     "guided_probs",
     "guided_sample",
@@ -99,8 +100,13 @@ def guided_sample(
 ) -> Sampled:
     """See reference.guided_sample; the same token, bit for bit."""
     check_sampling_arguments(logits, weights, temperature, top_p, top_k, alpha, stream_ids, steps)
-    num_seqs = logits.shape[1]
     parameters = prepare_parameters(temperature, top_p, top_k, alpha, logits.shape[2])
+    return draw(logits, weights, parameters, seed=seed, stream_ids=stream_ids, steps=steps)
+
+
+def draw(logits, weights, parameters, *, seed, stream_ids, steps) -> Sampled:
+    """See reference.draw."""
+    num_seqs = logits.shape[1]
     sampled = Sampled(
         torch.empty(num_seqs, dtype=torch.int64),
         torch.empty(num_seqs, dtype=torch.float32),

@@ -682,9 +682,16 @@ def guided_sample(
     Raises: ValueError if an argument does not match, or vocab_size is above 2**20.
     """
     check_sampling_arguments(logits, weights, temperature, top_p, top_k, alpha, stream_ids, steps)
-    _, num_seqs, vocab_size = logits.shape
+    vocab_size = logits.shape[2]
     if vocab_size > MAX_VOCAB_SIZE:
         raise ValueError(f"vocab_size must be at most {MAX_VOCAB_SIZE}, got {vocab_size}")
+    parameters = prepare_parameters(temperature, top_p, top_k, alpha, vocab_size)
+    return draw(logits, weights, parameters, seed=seed, stream_ids=stream_ids, steps=steps)
+
+
+def draw(logits, weights, parameters: SamplingTensors, *, seed, stream_ids, steps) -> Sampled:
+    """See reference.draw."""
+    _, num_seqs, vocab_size = logits.shape
     device = logits.device
     sampled = Sampled(
         torch.empty(num_seqs, dtype=torch.int64, device=device),
@@ -693,7 +700,6 @@ def guided_sample(
     )
     if num_seqs == 0:
         return sampled
-    parameters = prepare_parameters(temperature, top_p, top_k, alpha, vocab_size)
     config = LaunchConfig.for_batch(num_seqs, vocab_size)
     signed_seed = seed - (1 << 64) if seed >= 1 << 63 else seed
     launch_guided_sample(

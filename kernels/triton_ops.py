@@ -4,7 +4,7 @@ Importing this module needs triton. The kernels are proven against the reference
 interpreter and compiled for sm_80 and sm_90; they have not run on a GPU yet.
 """
 
-from .guided_sample import guided_sample
+from .guided_sample import draw, guided_sample
 from .layer_norm import layer_norm
 from .reference import (
     embedding,
@@ -17,6 +17,7 @@ from .reference import (
 )
 
 __all__ = [
+    "draw",
     "embedding",
     "guided_probs",
     "guided_sample",

@@ -11,9 +11,10 @@ from functools import cached_property
 
 import torch
 
+from .batch import Batch
 from .guidance import PassKind
 from .kv_cache import KVCache
-from .model import Batch, FalconModel, FusedLayer, SplitLayer, StackedLinear, StackedNorm
+from .model import FalconModel, FusedLayer, SplitLayer, StackedLinear, StackedNorm
 
 ABSENT = 0  # a null address
 
@@ -21,7 +22,6 @@ ABSENT = 0  # a null address
 class CpuFalconModel(FalconModel):
     """See FalconModel; for weights in csrc's layout on the CPU."""
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
         buffers = self._buffers_for(batch.input_ids.shape[0])
         cos, sin = self.rotary or (None, None)
@@ -30,8 +30,6 @@ class CpuFalconModel(FalconModel):
             self._layer_table,
             self.config.layer_norm_epsilon,
             batch.input_ids,
-            batch.positions,
-            batch.slot_mapping,
             batch.block_tables,
             batch.table_ids,
             batch.seq_lens,
@@ -45,16 +43,19 @@ class CpuFalconModel(FalconModel):
         )
         return buffers.residual
 
-    @torch.inference_mode()
     def compute_logits(
         self, residual: torch.Tensor, logit_rows: torch.Tensor, passes: list[PassKind]
     ) -> torch.Tensor:
         logits = self._logits_for(*logit_rows.shape)
         normed = torch.empty(logit_rows.numel(), self.config.hidden_size, dtype=self.dtype)
-        is_base = torch.tensor([kind is PassKind.BASE for kind in passes])
-        epsilon = self.config.layer_norm_epsilon
         torch.ops.steer_engine.logits(
-            self._model_table, epsilon, residual, logit_rows, is_base, normed, logits
+            self._model_table,
+            self.config.layer_norm_epsilon,
+            residual,
+            logit_rows,
+            [kind is PassKind.BASE for kind in passes],
+            normed,
+            logits,
         )
         return logits
 

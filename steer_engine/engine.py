@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from . import sampler
+from .batch import DecodeRows
 from .dataset import SyntheticDataset, is_unicode
 from .errors import CapacityError
 from .generation import Convergence, DatasetRequest, DatasetRun
@@ -25,7 +26,7 @@ from .machine import BLOCK_SIZE, DTYPES, EngineConfig, num_cache_blocks
 from .negatives import NegativePrompts
 from .pair import ModelPair
 from .sampling import SamplingParams
-from .scheduler import DecodeRows, Scheduler
+from .scheduler import Scheduler
 from .sequence import FINISH_LENGTH, DecodingSequence
 
 Prompt = str | Sequence[int]
@@ -81,6 +82,7 @@ class Engine:
                 "max_num_seqs, or pass a LoRA adapter instead of a full fine-tune"
             ) from None
         self.scheduler = Scheduler(self.kv_cache, self.config.max_num_seqs)
+        self._sampler = sampler.Sampler(self.config.backend)
 
     @classmethod
     def from_pretrained(
@@ -327,9 +329,8 @@ class Engine:
         rows = self.scheduler.decode_rows()
         logits = self._logits(rows)
         running = self.scheduler.running
-        sampled = sampler.draw_tokens(
-            logits, running, rows.passes, seed=seed, backend=self.config.backend
-        )
+        sampled = self._sampler.draw(logits, rows, running, seed=seed)
+        rows.advance(sampled.token_ids)
         drawn = (t.tolist() for t in sampled)
         for sequence, *token in zip(running, *drawn, strict=True):
             sequence.append(*token)

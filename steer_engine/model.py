@@ -24,34 +24,12 @@ from typing import NamedTuple
 
 import torch
 
+from .batch import Batch
 from .config import FalconConfig
 from .guidance import PassKind
 from .kv_cache import KVCache
 
 ROW_ALIGNMENT = 64  # numbers; rows of a buffer begin at a multiple of it
-
-
-class Batch(NamedTuple):
-    """What one forward reads, flat over tokens; decode tokens and prefill tokens look alike.
-
-    input_ids: [num_tokens] int64.
-    positions: [num_tokens] int32.
-    slot_mapping: [num_tokens] int64, the cache slot where each token's K and V go.
-    block_tables: [num_tables, max_blocks] int32, one table per pass of a sequence.
-    table_ids: [num_tokens] int32, each token's table.
-    seq_lens: [num_tokens] int32, keys that each token sees.
-    num_domain_tokens: tokens before the boundary.
-    is_prefill: tokens of one table may stand together; else each is the last of a table of its own.
-    """
-
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    slot_mapping: torch.Tensor
-    block_tables: torch.Tensor
-    table_ids: torch.Tensor
-    seq_lens: torch.Tensor
-    num_domain_tokens: int
-    is_prefill: bool
 
 
 class Buffers(NamedTuple):
@@ -242,24 +220,23 @@ class FalconModel:
     _buffers: Buffers | None = field(default=None, init=False)
     _logits: torch.Tensor | None = field(default=None, init=False)
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
         """Run all tokens of the batch and write their K and V.
 
         Returns: the residual, [num_tokens, hidden_size] fp32.
         """
         num_domain = batch.num_domain_tokens
+        slots = (batch.positions, batch.slot_mapping) if batch.is_prefill else None
         buffers = self._buffers_for(batch.input_ids.shape[0])
         self._embed(batch.input_ids, num_domain, buffers.residual)
         for index, layer in enumerate(self.layers):
 
             def attend(qkv: torch.Tensor, index: int = index) -> None:
-                self._attend(qkv, batch, kv_cache.k[index], kv_cache.v[index])
+                self._attend(qkv, batch, slots, kv_cache.k[index], kv_cache.v[index])
 
             layer.forward(buffers, self.config, num_domain, attend)
         return buffers.residual
 
-    @torch.inference_mode()
     def compute_logits(
         self, residual: torch.Tensor, logit_rows: torch.Tensor, passes: list[PassKind]
     ) -> torch.Tensor:
@@ -285,18 +262,25 @@ class FalconModel:
         return logits
 
     def _attend(
-        self, qkv: torch.Tensor, batch: Batch, k_cache: torch.Tensor, v_cache: torch.Tensor
+        self,
+        qkv: torch.Tensor,
+        batch: Batch,
+        slots: tuple[torch.Tensor, torch.Tensor] | None,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
     ) -> None:
-        """Rotary, KV write and attention of one layer; the result replaces q."""
+        """Rotary, KV write and attention of one layer; the result replaces q.
+
+        slots: positions and slot_mapping of a prefill; None in a decode step.
+        """
         config = self.config
         cos, sin = self.rotary or (None, None)
         keys = (k_cache, v_cache, batch.block_tables, batch.table_ids, batch.seq_lens)
         attended = qkv[:, : config.hidden_size]
         rest = (self.alibi, config.num_heads, 1.0 / math.sqrt(config.head_dim), attended)
-        if not batch.is_prefill:
+        if slots is None:
             self.ops.mqa_decode(qkv, cos, sin, *keys, *rest)
             return
-        slots = (batch.positions, batch.slot_mapping)
         self.ops.rotary_and_store(qkv, cos, sin, *slots, config.num_heads, k_cache, v_cache)
         self.ops.paged_attention(qkv, *keys, *rest)
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from . import ops
+from .batch import DecodeRows, to_tensor
 from .guidance import PassKind
-from .kernels.reference import Sampled
+from .kernels.reference import Sampled, SamplingTensors, prepare_parameters
 from .sequence import DecodingSequence
 
 
-class SamplerTensors(NamedTuple):
-    """Per-sequence arguments of ops.guided_sample for one step.
+class Shaping(NamedTuple):
+    """What shapes the distributions of a set of sequences, as ops.guided_probs takes it.
 
     weights: [num_passes, num_seqs] fp32.
     temperature, top_p, alpha: [num_seqs] fp32.
@@ -31,60 +33,93 @@ class SamplerTensors(NamedTuple):
     @classmethod
     def of(
         cls, running: Sequence[DecodingSequence], passes: Sequence[PassKind], device: torch.device
-    ) -> SamplerTensors:
+    ) -> Shaping:
         """The parameters of running sequences; passes: the kinds in the order of the logits."""
         weights = [[s.guidance.weights[kind] for s in running] for kind in passes]
         return cls(
-            weights=_tensor(weights, np.float32, device),
-            temperature=_tensor([s.sampling.temperature for s in running], np.float32, device),
-            top_p=_tensor([s.sampling.top_p for s in running], np.float32, device),
-            top_k=_tensor([s.sampling.top_k for s in running], np.int32, device),
-            alpha=_tensor([s.guidance.alpha for s in running], np.float32, device),
+            weights=to_tensor(weights, np.float32, device),
+            temperature=to_tensor([s.sampling.temperature for s in running], np.float32, device),
+            top_p=to_tensor([s.sampling.top_p for s in running], np.float32, device),
+            top_k=to_tensor([s.sampling.top_k for s in running], np.int32, device),
+            alpha=to_tensor([s.guidance.alpha for s in running], np.float32, device),
         )
 
-    @property
-    def shaping(self) -> dict[str, torch.Tensor]:
-        """The keyword arguments that shape the distribution."""
-        names = ("temperature", "top_p", "top_k", "alpha")
-        return {name: getattr(self, name) for name in names}
 
+@dataclass
+class _Prepared:
+    """What stays as it is, or counts up, while the same sequences run.
 
-def draw_tokens(
-    logits: torch.Tensor,
-    running: Sequence[DecodingSequence],
-    passes: Sequence[PassKind],
-    *,
-    seed: int,
-    backend: str,
-) -> Sampled:
-    """Draw one token per sequence.
-
-    logits: [num_passes, num_seqs, vocab_size] fp32, changed in place.
-    backend: resolved, so that no step asks again what is available.
+    rows: the decode rows that it belongs to.
+    steps: [num_seqs] int32, counted up with each draw.
     """
-    device = logits.device
-    tensors = SamplerTensors.of(running, passes, device)
-    ban_endings(logits, tensors.weights, running)
-    return ops.implementation(backend).guided_sample(
-        logits,
-        tensors.weights,
-        **tensors.shaping,
-        seed=seed,
-        stream_ids=_tensor([s.stream_id for s in running], np.int64, device),
-        steps=_tensor([s.step for s in running], np.int32, device),
-    )
+
+    rows: DecodeRows
+    weights: torch.Tensor
+    parameters: SamplingTensors
+    stream_ids: torch.Tensor
+    steps: torch.Tensor
+
+
+class Sampler:
+    """Draws the next tokens of running sequences; keeps their parameters between steps."""
+
+    def __init__(self, backend: str):
+        """backend: resolved, so that no step asks again what is available."""
+        self._draw = ops.implementation(backend).draw
+        self._prepared: _Prepared | None = None
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        rows: DecodeRows,
+        running: Sequence[DecodingSequence],
+        *,
+        seed: int,
+    ) -> Sampled:
+        """Draw one token per sequence.
+
+        logits: [num_passes, num_seqs, vocab_size] fp32, changed in place.
+        rows: of the running sequences; while it is the same object, so are they.
+        """
+        if self._prepared is None or self._prepared.rows is not rows:
+            self._prepared = self._prepare(logits, rows, running)
+        prepared = self._prepared
+        ban_endings(logits, prepared.weights, running)
+        sampled = self._draw(
+            logits,
+            prepared.weights,
+            prepared.parameters,
+            seed=seed,
+            stream_ids=prepared.stream_ids,
+            steps=prepared.steps,
+        )
+        prepared.steps.add_(1)
+        return sampled
+
+    @staticmethod
+    def _prepare(
+        logits: torch.Tensor, rows: DecodeRows, running: Sequence[DecodingSequence]
+    ) -> _Prepared:
+        device, vocab_size = logits.device, logits.shape[2]
+        weights, *shaping = Shaping.of(running, rows.passes, device)
+        return _Prepared(
+            rows,
+            weights,
+            prepare_parameters(*shaping, vocab_size),
+            to_tensor([s.stream_id for s in running], np.int64, device),
+            to_tensor([s.step for s in running], np.int32, device),
+        )
 
 
 def next_token_probs(
     logits: torch.Tensor, running: Sequence[DecodingSequence], passes: Sequence[PassKind]
 ) -> torch.Tensor:
-    """The distributions that draw_tokens draws from: [num_seqs, vocab_size] fp32."""
-    tensors = SamplerTensors.of(running, passes, logits.device)
-    ban_endings(logits, tensors.weights, running)
-    return ops.guided_probs(logits, tensors.weights, **tensors.shaping)
+    """The distributions that Sampler.draw draws from: [num_seqs, vocab_size] fp32."""
+    shaping = Shaping.of(running, passes, logits.device)._asdict()
+    ban_endings(logits, shaping["weights"], running)
+    return ops.guided_probs(logits, **shaping)
 
 
-@torch.inference_mode()
 def ban_endings(
     logits: torch.Tensor, weights: torch.Tensor, running: Sequence[DecodingSequence]
 ) -> None:
@@ -100,8 +135,5 @@ def ban_endings(
         banned = list(sequence.banned_token_ids)
         if banned:
             sign = torch.where(weights[:, index] < 0, torch.inf, -torch.inf)
-            logits[:, index, banned] = sign[:, None]
-
-
-def _tensor(values, dtype, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.array(values, dtype=dtype)).to(device)
+            with torch.inference_mode():  # the logits may come from there
+                logits[:, index, banned] = sign[:, None]

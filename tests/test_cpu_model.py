@@ -70,7 +70,7 @@ def test_the_compiled_forward_gives_the_bits_of_the_plain_one(base, domain, dtyp
 
 
 @pytest.mark.parametrize(
-    ("name", "offset"), [("input_ids", 320), ("block_tables", 10_000), ("slot_mapping", 10**6)]
+    ("name", "offset"), [("input_ids", 320), ("block_tables", 10_000), ("table_ids", 9)]
 )
 def test_indices_outside_their_tables_are_refused(make_engine, monkeypatch, name, offset):
     engine = make_engine(backend="cpu")

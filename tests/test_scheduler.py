@@ -23,7 +23,9 @@ class Forwards:
         forward = engine.model.forward
 
         def recording(batch, kv_cache):
-            self.batches.append(batch)
+            # Copies: the next step advances a decode step's tensors in place.
+            copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in batch]
+            self.batches.append(type(batch)(*copies))
             return forward(batch, kv_cache)
 
         engine.model.forward = recording

@@ -107,10 +107,21 @@ class ForwardPass {
         const bool is_domain = row < a_.num_domain && m_.domain_embedding;
         const void* packed = is_domain ? m_.domain_embedding : m_.embedding;
         float* out = static_cast<float*>(residual().row(row));
+        locate(row);
         a_.is_bf16 ? unpack_row<bf16>(packed, a_.input_ids[row], m_.hidden_size, out)
                    : unpack_row<float>(packed, a_.input_ids[row], m_.hidden_size, out);
       }
     });
+  }
+
+  // Where a row stands and where its K and V go; nowhere for a row without keys.
+  void locate(int64_t row) {
+    const int64_t position = std::max(a_.seq_lens[row] - 1, 0);
+    const int64_t block =
+        a_.block_tables[a_.table_ids[row] * a_.max_blocks + position / a_.block_size];
+    a_.positions[row] = static_cast<int32_t>(position);
+    a_.slot_mapping[row] =
+        a_.seq_lens[row] > 0 ? block * a_.block_size + position % a_.block_size : -1;
   }
 
   // residual -> normed

@@ -47,17 +47,18 @@ struct ForwardArgs {
   float eps;
   bool is_bf16;
   int64_t num_rows, num_domain;
-  const int64_t* input_ids;                            // [num_rows]
-  const int32_t* positions;                            // [num_rows]
-  const int64_t* slot_mapping;                         // [num_rows]
-  const int32_t *block_tables, *table_ids, *seq_lens;  // as in PagedAttentionArgs
+  const int64_t* input_ids;  // [num_rows]
+  // As in PagedAttentionArgs; a row's own K and V go to the last of the keys that it sees.
+  const int32_t *block_tables, *table_ids, *seq_lens;
   int64_t max_blocks, num_splits;
   const float *cos, *sin, *alibi;
   int64_t max_model_len;    // columns of alibi
   void *k_cache, *v_cache;  // [num_layers, num_blocks, block_size, num_kv_heads, head_dim]
   int64_t num_blocks, block_size;
-  float* residual;      // [num_rows, hidden_size]
-  void *normed, *wide;  // see Buffers in model.py
+  float* residual;        // [num_rows, hidden_size]
+  void *normed, *wide;    // see Buffers in model.py
+  int32_t* positions;     // [num_rows], scratch
+  int64_t* slot_mapping;  // [num_rows], scratch
   int64_t residual_stride, normed_stride, wide_stride;
 };
 
@@ -71,7 +72,7 @@ struct LogitsArgs {
   const float* residual;
   int64_t residual_stride;
   const int64_t* logit_rows;  // [num_passes, num_seqs], rows of residual
-  const bool* is_base;        // [num_passes], which weight set
+  bool is_base[3];            // which weight set each pass uses
   void* normed;               // [num_passes * num_seqs, hidden_size], scratch
   float* logits;              // [num_passes, num_seqs, vocab_size]
   int64_t num_passes, num_seqs;

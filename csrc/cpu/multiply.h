@@ -63,17 +63,44 @@ inline void multiply_tile(const T* x, int64_t x_row_stride, const T* packed, int
   }
 }
 
-// num_rows <= kRows.
-template <int kRows, int kGroups, class T>
-inline void multiply_rows(int64_t num_rows, const T* x, int64_t x_row_stride, const T* packed,
-                          int64_t group_stride, int64_t k_len, float* sums,
-                          int64_t sums_row_stride) {
-  if (num_rows == kRows) {
-    multiply_tile<kRows, kGroups>(x, x_row_stride, packed, group_stride, k_len, sums,
-                                  sums_row_stride);
-  } else if constexpr (kRows > 1) {
-    multiply_rows<kRows - 1, kGroups>(num_rows, x, x_row_stride, packed, group_stride, k_len, sums,
-                                      sums_row_stride);
+// Groups of columns beside each other in a tile of few rows: a multiply-add takes some four cycles,
+// so two are started per cycle only if enough sums are independent of each other; AVX2 has
+// registers for no more than these.
+template <int kRows>
+constexpr int kFewRowsColumnTile = std::max(kColumnTile, kRows == 1   ? 4
+                                                         : kRows == 2 ? 2
+                                                                      : 1);
+
+// One tile's rows by all groups.
+template <int kRows, class T>
+inline void multiply_few_rows(const T* x, int64_t x_row_stride, const T* packed,
+                              int64_t group_stride, int64_t num_groups, int64_t k_len, float* sums,
+                              int64_t sums_row_stride) {
+  constexpr int kGroups = kFewRowsColumnTile<kRows>;
+  int64_t group = 0;
+  for (; group + kGroups <= num_groups; group += kGroups) {
+    multiply_tile<kRows, kGroups>(x, x_row_stride, packed + group * group_stride, group_stride,
+                                  k_len, sums + group * kLanes, sums_row_stride);
+  }
+  for (; group < num_groups; ++group) {
+    multiply_tile<kRows, 1>(x, x_row_stride, packed + group * group_stride, group_stride, k_len,
+                            sums + group * kLanes, sums_row_stride);
+  }
+}
+
+// num_rows < kRows.
+template <int kRows, class T>
+inline void multiply_last_rows(int64_t num_rows, const T* x, int64_t x_row_stride, const T* packed,
+                               int64_t group_stride, int64_t num_groups, int64_t k_len, float* sums,
+                               int64_t sums_row_stride) {
+  if constexpr (kRows > 1) {
+    if (num_rows == kRows - 1) {
+      multiply_few_rows<kRows - 1>(x, x_row_stride, packed, group_stride, num_groups, k_len, sums,
+                                   sums_row_stride);
+    } else {
+      multiply_last_rows<kRows - 1>(num_rows, x, x_row_stride, packed, group_stride, num_groups,
+                                    k_len, sums, sums_row_stride);
+    }
   }
 }
 
@@ -83,23 +110,26 @@ template <class T>
 inline void multiply(const T* x, int64_t x_row_stride, int64_t num_rows, const T* packed,
                      int64_t group_stride, int64_t num_groups, int64_t k_len, float* sums,
                      int64_t sums_row_stride) {
-  for (int64_t group = 0; group < num_groups;) {
+  const int64_t num_tiled = num_rows / kRowTile * kRowTile;
+  for (int64_t group = 0; num_tiled > 0 && group < num_groups;) {
     const bool is_full = num_groups - group >= kColumnTile;
     const T* tile = packed + group * group_stride;
-    for (int64_t row = 0; row < num_rows; row += kRowTile) {
-      const int64_t rows = std::min<int64_t>(kRowTile, num_rows - row);
+    for (int64_t row = 0; row < num_tiled; row += kRowTile) {
       const T* x_tile = x + row * x_row_stride;
       float* sums_tile = sums + row * sums_row_stride + group * kLanes;
       if (is_full) {
-        multiply_rows<kRowTile, kColumnTile>(rows, x_tile, x_row_stride, tile, group_stride, k_len,
+        multiply_tile<kRowTile, kColumnTile>(x_tile, x_row_stride, tile, group_stride, k_len,
                                              sums_tile, sums_row_stride);
       } else {
-        multiply_rows<kRowTile, 1>(rows, x_tile, x_row_stride, tile, group_stride, k_len, sums_tile,
+        multiply_tile<kRowTile, 1>(x_tile, x_row_stride, tile, group_stride, k_len, sums_tile,
                                    sums_row_stride);
       }
     }
     group += is_full ? kColumnTile : 1;
   }
+  multiply_last_rows<kRowTile>(num_rows - num_tiled, x + num_tiled * x_row_stride, x_row_stride,
+                               packed, group_stride, num_groups, k_len,
+                               sums + num_tiled * sums_row_stride, sums_row_stride);
 }
 
 }  // namespace steer::STEER_ISA

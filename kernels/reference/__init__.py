@@ -1,13 +1,22 @@
 """The plain PyTorch twin of every op: the definition, on CPU and GPU."""
 
 from .attention import last_slots, mqa_decode, paged_attention, rotary_and_store
-from .guided_sample import Sampled, guided_probs, guided_sample
+from .guided_sample import (
+    Sampled,
+    SamplingTensors,
+    draw,
+    guided_probs,
+    guided_sample,
+    prepare_parameters,
+)
 from .layer_norm import layer_norm
 from .linear import LinearWeight, embedding, linear, pack_weight
 
 __all__ = [
     "LinearWeight",
     "Sampled",
+    "SamplingTensors",
+    "draw",
     "embedding",
     "guided_probs",
     "guided_sample",
@@ -17,5 +26,6 @@ __all__ = [
     "mqa_decode",
     "pack_weight",
     "paged_attention",
+    "prepare_parameters",
     "rotary_and_store",
 ]

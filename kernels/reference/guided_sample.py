@@ -279,8 +279,20 @@ def guided_sample(
     """
     check_sampling_arguments(logits, weights, temperature, top_p, top_k, alpha, stream_ids, steps)
     parameters = prepare_parameters(temperature, top_p, top_k, alpha, logits.shape[2])
-    kept = nucleus(logits, weights, parameters)
+    return draw(logits, weights, parameters, seed=seed, stream_ids=stream_ids, steps=steps)
 
+
+def draw(
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    parameters: SamplingTensors,
+    *,
+    seed: int,
+    stream_ids: torch.Tensor,
+    steps: torch.Tensor,
+) -> Sampled:
+    """guided_sample without its checks, for callers whose parameters last many steps."""
+    kept = nucleus(logits, weights, parameters)
     high, low = random_bits(seed, stream_ids, steps.long(), STREAM_TOKENS)
     threshold = multiply_high(high, low, kept.total_mass)
     running = kept.masses.cumsum(dim=1)

@@ -1,0 +1,143 @@
+"""What one forward reads: the tokens of all passes, stacked, and where their keys lie.
+
+Rows are stacked [domain | negative | base], so that one boundary separates the weight sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from .guidance import PassKind
+from .kernels.reference import last_slots
+from .kv_cache import WeightSet
+from .sequence import DecodingSequence, RunningPass
+
+ROW_ORDER = (PassKind.DOMAIN, PassKind.NEGATIVE, PassKind.BASE)
+
+
+class Batch(NamedTuple):
+    """What one forward reads, flat over tokens; decode tokens and prefill tokens look alike.
+
+    input_ids: [num_tokens] int64.
+    block_tables: [num_tables, max_blocks] int32, one table per pass of a sequence.
+    table_ids: [num_tokens] int32, each token's table.
+    seq_lens: [num_tokens] int32, keys that each token sees, its own the last.
+    num_domain_tokens: tokens before the boundary.
+    block_size: slots per block of the cache.
+    is_prefill: tokens of one table may stand together; else each is the last of a table of its own.
+    """
+
+    input_ids: torch.Tensor
+    block_tables: torch.Tensor
+    table_ids: torch.Tensor
+    seq_lens: torch.Tensor
+    num_domain_tokens: int
+    block_size: int
+    is_prefill: bool
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[num_tokens] int32, each token's position in its sequence."""
+        return self.seq_lens - 1
+
+    @property
+    def slot_mapping(self) -> torch.Tensor:
+        """[num_tokens] int64, the cache slot where each token's K and V go."""
+        return last_slots(self.block_tables, self.table_ids, self.seq_lens, self.block_size)[1]
+
+
+def build_batch(
+    rows: Sequence[RunningPass],
+    input_ids: Sequence[int],
+    positions: Sequence[int],
+    *,
+    block_size: int,
+    is_prefill: bool,
+    device: torch.device,
+) -> Batch:
+    """rows: the pass that each token belongs to, domain-weight rows first."""
+    table_of: dict[int, int] = {}
+    tables: list[list[int]] = []
+    for running_pass in rows:
+        if id(running_pass) not in table_of:
+            table_of[id(running_pass)] = len(tables)
+            tables.append(running_pass.allocation.block_table)
+    block_tables = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
+    for index, table in enumerate(tables):
+        block_tables[index, : len(table)] = table
+    return Batch(
+        input_ids=to_tensor(input_ids, np.int64, device),
+        block_tables=to_tensor(block_tables, np.int32, device),
+        table_ids=to_tensor([table_of[id(p)] for p in rows], np.int32, device),
+        seq_lens=to_tensor(np.array(positions, dtype=np.int32) + 1, np.int32, device),
+        num_domain_tokens=sum(p.weight_set is WeightSet.DOMAIN for p in rows),
+        block_size=block_size,
+        is_prefill=is_prefill,
+    )
+
+
+@dataclass(eq=False)
+class DecodeRows:
+    """The decode steps of one set of running sequences; each step advances it in place.
+
+    batch: one token of every pass of every sequence.
+    logit_rows: [num_passes, num_seqs] int64, where the sampler finds each pass of each sequence;
+        a pass that a sequence does not run points at row 0 and has weight 0.
+    passes: the kinds in logit_rows' order.
+    row_seqs: [num_tokens] int64, the sequence of each row.
+    """
+
+    batch: Batch
+    logit_rows: torch.Tensor
+    passes: list[PassKind]
+    row_seqs: torch.Tensor
+
+    @classmethod
+    def build(
+        cls, running: Sequence[DecodingSequence], block_size: int, device: torch.device
+    ) -> DecodeRows:
+        rows: list[RunningPass] = []
+        input_ids, positions, row_seqs = [], [], []
+        row_of: dict[tuple[int, PassKind], int] = {}
+        for kind in ROW_ORDER:
+            for index, sequence in enumerate(running):
+                for running_pass in sequence.passes:
+                    if running_pass.kind is not kind:
+                        continue
+                    row_of[index, kind] = len(rows)
+                    rows.append(running_pass)
+                    row_seqs.append(index)
+                    last = sequence.token_ids[-1] if sequence.step else running_pass.prompt_ids[-1]
+                    input_ids.append(last)
+                    positions.append(len(running_pass.prompt_ids) - 1 + sequence.step)
+        present = {kind for _, kind in row_of}
+        # The sampler reads the first pass as the domain's, for the plausibility cut.
+        passes = [k for k in PassKind if k in present or k is PassKind.DOMAIN]
+        logit_rows = [[row_of.get((i, kind), 0) for i in range(len(running))] for kind in passes]
+        batch = build_batch(
+            rows, input_ids, positions, block_size=block_size, is_prefill=False, device=device
+        )
+        return cls(
+            batch,
+            to_tensor(logit_rows, np.int64, device),
+            passes,
+            to_tensor(row_seqs, np.int64, device),
+        )
+
+    def advance(self, token_ids: torch.Tensor) -> None:
+        """Append each sequence's drawn token to its passes, on the device.
+
+        token_ids: [num_seqs] int64.
+        """
+        torch.index_select(token_ids, 0, self.row_seqs, out=self.batch.input_ids)
+        self.batch.seq_lens.add_(1)
+
+
+def to_tensor(values, dtype, device: torch.device) -> torch.Tensor:
+    """Numbers of the host as a tensor of its own."""
+    return torch.from_numpy(np.array(values, dtype=dtype)).to(device)
