@@ -120,12 +120,21 @@ ATTENTION_SIZES = {  # num_heads, num_kv_heads, head_dim, block_size
     "every_head_its_own": (4, 4, 8, 64),
     "odd_head_dim": (3, 1, 5, 1),
 }
+SIZES_AND_BIASES = [  # rotary embedding needs an even head_dim
+    (size, bias)
+    for size, (_, _, head_dim, _) in ATTENTION_SIZES.items()
+    for bias in ("rotary", "alibi", "none")
+    if bias != "rotary" or head_dim % 2 == 0
+]
 
 
-def attention_tolerance(expected, magnitude, head_dim: int, dtype) -> torch.Tensor:
-    """Scores carry the error of their own sum, at most |q| |k| * "sum", into the exponent."""
+def attention_tolerance(expected, magnitude, head_dim: int, rounding: float) -> torch.Tensor:
+    """Scores carry the error of their own sum, at most |q| |k| * "sum", into the exponent.
+
+    rounding: of the result, TOLERANCE[dtype].
+    """
     tolerance = (TOLERANCE["exp"] + head_dim**0.5 * 4 * TOLERANCE["sum"]) * magnitude
-    return tolerance + TOLERANCE[dtype] * expected.abs()
+    return tolerance + rounding * expected.abs()
 
 
 def rotary_tables(num_positions: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,11 +200,18 @@ def decode_case(size: str, dtype, lengths: list[int], bias: str, seed: int = 0) 
     return case
 
 
-def check_decode(case: DecodeCase, run: Callable[[DecodeCase], torch.Tensor], name: str, round_to):
+def check_decode(
+    case: DecodeCase,
+    run: Callable[[DecodeCase], torch.Tensor],
+    name: str,
+    round_to: Callable = torch.Tensor.to,
+    rounding: float | None = None,
+) -> None:
     """Run a decode step on a copy of the case; K, V and out against fp64.
 
-    round_to: (fp32 tensor, dtype) -> tensor, how the op rounds what it rotates.
+    round_to: (fp32 tensor, dtype) -> tensor, how the op rounds.    rounding: its relative error.
     """
+    rounding = rounding or TOLERANCE[case.qkv.dtype]
     pages, dtype = case.pages, case.qkv.dtype
     rows, slots = case.own_slots()
     num_heads, head_dim = pages.num_heads, pages.head_dim
@@ -232,7 +248,7 @@ def check_decode(case: DecodeCase, run: Callable[[DecodeCase], torch.Tensor], na
     step = (case.table_ids, case.seq_lens, case.alibi, case.scale)
     expected, magnitude = work.pages.attention_fp64(q, *step)
     has_keys = case.seq_lens > 0
-    tolerance = attention_tolerance(expected, magnitude, head_dim, dtype)
+    tolerance = attention_tolerance(expected, magnitude, head_dim, rounding)
     if case.cos is not None and dtype == BF16:
         # One number of q a unit of its last place off, by the same parting.
         tolerance = tolerance + 2 * TOLERANCE[BF16] * 3 * 3 * case.scale * magnitude

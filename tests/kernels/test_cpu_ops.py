@@ -161,7 +161,7 @@ def test_attention_equals_fp64_and_never_reads_unused_slots(isa, size, dtype, ha
     qkv, scale = random_qkv(pages, len(seq_lens)), pages.head_dim**-0.5
     got = pages.attention(ops.paged_attention, qkv, table_ids, seq_lens, alibi, scale)
     expected, magnitude = pages.attention_fp64(qkv, table_ids, seq_lens, alibi, scale)
-    tolerance = attention_tolerance(expected, magnitude, pages.head_dim, dtype)
+    tolerance = attention_tolerance(expected, magnitude, pages.head_dim, TOLERANCE[dtype])
     assert_close(got, expected, tolerance, f"attention {size} {dtype}")
     assert (got[0] == 0).all(), "a row without keys must give zeros"
 
