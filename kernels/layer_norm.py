@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .checks import check_tensors
+
 
 @triton.jit
 def layer_norm_kernel(
@@ -60,19 +62,15 @@ def layer_norm(
     Raises: ValueError if a shape or dtype does not match.
     """
     num_rows, hidden_size = x.shape
-    expected = {
-        "x": (x, [num_rows, hidden_size], (torch.float32,)),
-        "weight": (weight, [hidden_size], (torch.float32,)),
-        "bias": (bias, [hidden_size], (torch.float32,)),
-        "out": (out, [num_rows, hidden_size], (torch.float32, torch.bfloat16)),
-    }
-    for name, (tensor, shape, dtypes) in expected.items():
-        is_contiguous = tensor.stride(-1) == 1 or hidden_size == 1
-        if list(tensor.shape) != shape or tensor.dtype not in dtypes or not is_contiguous:
-            raise ValueError(
-                f"{name} must be {shape} {' or '.join(map(str, dtypes))} with unit stride, "
-                f"got {list(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}"
-            )
+    fp32 = (torch.float32,)
+    check_tensors(
+        {
+            "x": (x, [num_rows, hidden_size], fp32),
+            "weight": (weight, [hidden_size], fp32),
+            "bias": (bias, [hidden_size], fp32),
+            "out": (out, [num_rows, hidden_size], (torch.float32, torch.bfloat16)),
+        }
+    )
     if num_rows == 0:
         return out
     block_size = triton.next_power_of_2(hidden_size)

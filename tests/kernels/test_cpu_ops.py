@@ -9,6 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from op_cases import (
+    ATTENTION_SIZES,
+    BF16,
+    DTYPES,
+    FP32,
+    TOLERANCE,
+    Pages,
+    assert_close,
+    attention_tolerance,
+    generator,
+    normal,
+    random_qkv,
+    rotary_tables,
+    rotate_fp64,
+)
 from sampler_cases import KINDS, random_logits, random_settings
 from steer_engine.kernels.reference.guided_sample import (
     guided_sample,
@@ -26,22 +41,6 @@ ops = torch.ops.steer_engine
 
 BEST_ISA = ops.cpu_isa()
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
-BF16, FP32 = torch.bfloat16, torch.float32
-DTYPES = [BF16, FP32]
-UNIT = 2.0**-24  # half an ulp of 1 in fp32: the relative error of one rounding
-
-# What an error may be made of; a check adds up those that apply, each relative to what it names.
-TOLERANCE = {
-    BF16: 2.0**-8,  # of the result: the last rounding, to 8 bits
-    FP32: 4 * UNIT,  # of the result: bias, scaling and the last rounding
-    # of the sum of the products' magnitudes: n roundings in a row add up like a random walk, to
-    # sqrt(n) units of the running sum, 67 for the longest here; the running sum itself is about
-    # sqrt(n) smaller than the sum of magnitudes. 8 measured nowhere.
-    "sum": 8 * UNIT,
-    "gelu": 2 * UNIT,  # of max(1, |x|): the polynomial for the normal distribution function
-    "exp": 16
-    * UNIT,  # of the largest value: exponents below -8 are rounded to 2**-21, e**-8 weighs
-}
 
 
 @pytest.fixture(params=ISAS)
@@ -61,30 +60,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, dtype=FP32, seed=0, scale=1.0) -> torch.Tensor:
-    return (torch.randn(shape, generator=generator(seed)) * scale).to(dtype)
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: torch.Tensor, name: str):
-    assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
-    if got.numel() == 0:
-        return
-    error = (got.double() - expected).abs()
-    is_wrong = ~(error <= tolerance)  # True for NaN
-    if is_wrong.any():
-        excess = torch.where(error.isnan(), torch.inf, error - tolerance)
-        worst = tuple(int(i) for i in torch.unravel_index(excess.argmax(), got.shape))
-        raise AssertionError(
-            f"{name}: {int(is_wrong.sum())} of {got.numel()} wrong in {list(got.shape)}, worst at "
-            f"{worst}: got {got[worst]:.9g}, expected {expected[worst]:.9g}, "
-            f"tolerance {tolerance.expand_as(error)[worst]:.3g}"
-        )
 
 
 def run_linear(x, weight, bias=None, *, gelu_columns=0, out_dtype=FP32):
@@ -185,83 +160,6 @@ def test_layer_norm_equals_fp64(isa, hidden_size, out_dtype):
     assert_close(out, expected, tolerance, f"layer_norm {hidden_size} {out_dtype}")
 
 
-class Pages:
-    """A paged cache with two shuffled block tables; slots that no sequence has written hold NaN."""
-
-    def __init__(self, lengths, dtype, num_heads, num_kv_heads, head_dim, block_size, seed=0):
-        self.num_heads, self.block_size, self.head_dim = num_heads, block_size, head_dim
-        self.max_blocks = max(1, *(-(-n // block_size) for n in lengths))
-        num_tables = len(lengths)
-        num_blocks = num_tables * self.max_blocks + 1
-        order = torch.randperm(num_blocks, generator=generator(seed))[:-1].int()
-        self.block_tables = order.view(num_tables, self.max_blocks)
-        shape = (num_blocks, block_size, num_kv_heads, head_dim)
-        self.k_cache = torch.full(shape, torch.nan, dtype=dtype)
-        self.v_cache = torch.full(shape, torch.nan, dtype=dtype)
-        for table, length in enumerate(lengths):
-            slots = self.slots(table, length)
-            for cache, kind in ((self.k_cache, 1), (self.v_cache, 2)):
-                values = normal(length, *shape[2:], dtype=dtype, seed=100 * table + kind)
-                cache.view(-1, *shape[2:])[slots] = values
-
-    def slots(self, table, length):
-        position = torch.arange(length)
-        blocks = self.block_tables[table].long()[position // self.block_size]
-        return blocks * self.block_size + position % self.block_size
-
-    def attention(self, qkv, table_ids, seq_lens, alibi, scale):
-        out = torch.full((len(qkv), self.num_heads * self.head_dim), torch.nan, dtype=qkv.dtype)
-        ops.paged_attention(
-            qkv,
-            self.k_cache,
-            self.v_cache,
-            self.block_tables,
-            table_ids,
-            seq_lens,
-            alibi,
-            self.num_heads,
-            scale,
-            out,
-        )
-        return out
-
-    def attention_fp64(self, qkv, table_ids, seq_lens, alibi, scale):
-        """The result and, for tolerances, the weights' mean of |v|."""
-        num_kv_heads = self.k_cache.shape[2]
-        q = qkv[:, : self.num_heads * self.head_dim].double()
-        q = q.view(len(qkv), self.num_heads, self.head_dim)
-        out, magnitude = torch.zeros_like(q), torch.zeros_like(q)
-        for row, (table, length) in enumerate(zip(table_ids.long(), seq_lens, strict=True)):
-            slots = self.slots(table, int(length))
-            k, v = (
-                cache.view(-1, num_kv_heads, self.head_dim)[slots]
-                .double()
-                .repeat_interleave(self.num_heads // num_kv_heads, dim=1)
-                for cache in (self.k_cache, self.v_cache)
-            )
-            scores = torch.einsum("hd,khd->hk", q[row], k) * scale
-            if alibi is not None:
-                scores = scores + alibi[:, : int(length)]
-            probs = scores.softmax(dim=1)
-            out[row] = torch.einsum("hk,khd->hd", probs, v)
-            magnitude[row] = torch.einsum("hk,khd->hd", probs, v.abs())
-        return out.flatten(1), magnitude.flatten(1)
-
-
-def random_qkv(pages: Pages, num_rows: int) -> torch.Tensor:
-    num_kv_heads = pages.k_cache.shape[2]
-    width = (pages.num_heads + 2 * num_kv_heads) * pages.head_dim
-    return normal(num_rows, width, dtype=pages.k_cache.dtype, seed=7)
-
-
-ATTENTION_SIZES = {  # num_heads, num_kv_heads, head_dim, block_size
-    "falcon_7b": (71, 1, 64, 16),
-    "grouped": (6, 2, 24, 7),
-    "every_head_its_own": (4, 4, 8, 64),
-    "odd_head_dim": (3, 1, 5, 1),
-}
-
-
 @pytest.mark.parametrize("has_alibi", [False, True], ids=["rotary", "alibi"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", ATTENTION_SIZES)
@@ -272,11 +170,9 @@ def test_attention_equals_fp64_and_never_reads_unused_slots(isa, size, dtype, ha
     table_ids = torch.tensor([0] * 9 + [1] * 2, dtype=torch.int32)
     alibi = torch.linspace(-1, 0, num_heads)[:, None] * torch.arange(220) if has_alibi else None
     qkv, scale = random_qkv(pages, len(seq_lens)), pages.head_dim**-0.5
-    got = pages.attention(qkv, table_ids, seq_lens, alibi, scale)
+    got = pages.attention(ops.paged_attention, qkv, table_ids, seq_lens, alibi, scale)
     expected, magnitude = pages.attention_fp64(qkv, table_ids, seq_lens, alibi, scale)
-    # Scores carry the error of their own sum, at most |q| |k| * "sum", into the exponent.
-    tolerance = (TOLERANCE["exp"] + pages.head_dim**0.5 * 4 * TOLERANCE["sum"]) * magnitude
-    tolerance = tolerance + TOLERANCE[dtype] * expected.abs()
+    tolerance = attention_tolerance(expected, magnitude, pages.head_dim, TOLERANCE[dtype])
     assert_close(got, expected, tolerance, f"attention {size} {dtype}")
     assert (got[0] == 0).all(), "a row without keys must give zeros"
 
@@ -289,14 +185,9 @@ def test_rotary_rotates_queries_and_keys_and_stores_them(isa, size, dtype):
     qkv = random_qkv(pages, 5)
     positions = torch.tensor([0, 1, 17, 99, 3], dtype=torch.int32)
     slots = torch.tensor([3, -1, 0, 17, 39])
-    angle = torch.arange(100)[:, None] * 10000.0 ** -torch.linspace(0, 1, head_dim // 2)
-    cos, sin = angle.cos(), angle.sin()
-    heads = qkv.double().view(5, -1, head_dim)
-    x1, x2 = heads[:, : num_heads + num_kv_heads].chunk(2, dim=-1)
-    c, s = cos[positions.long()].double()[:, None], sin[positions.long()].double()[:, None]
-    expected = torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], dim=-1)
-    magnitude = torch.cat([x1.abs() + x2.abs()] * 2, dim=-1)
-    v = heads[:, num_heads + num_kv_heads :].to(dtype)
+    cos, sin = rotary_tables(100, head_dim)
+    expected, magnitude = rotate_fp64(qkv, cos, sin, positions, num_heads, num_kv_heads)
+    v = qkv.view(5, -1, head_dim)[:, num_heads + num_kv_heads :].clone()
     k_before, v_before = pages.k_cache.flatten(0, 1).clone(), pages.v_cache.flatten(0, 1).clone()
 
     ops.rotary_and_store(qkv, cos, sin, positions, slots, num_heads, pages.k_cache, pages.v_cache)
@@ -374,7 +265,8 @@ def test_a_row_of_attention_does_not_depend_on_its_neighbours(isa, dtype):
     table_ids = torch.zeros(33, dtype=torch.int32)
 
     def run(rows):
-        return pages.attention(qkv[rows], table_ids[rows], seq_lens[rows], None, 0.125)
+        keys = (table_ids[rows], seq_lens[rows])
+        return pages.attention(ops.paged_attention, qkv[rows], *keys, None, 0.125)
 
     assert_rows_are_independent(run, 33)
 
@@ -493,7 +385,8 @@ def test_every_op_accepts_no_rows():
     pages = Pages([3], FP32, *ATTENTION_SIZES["grouped"])
     qkv, slots = random_qkv(pages, 0), torch.empty(0, dtype=torch.int64)
     ops.rotary_and_store(qkv, None, None, empty_ids, slots, 6, pages.k_cache, pages.v_cache)
-    assert pages.attention(qkv, empty_ids, empty_ids, None, 1.0).shape == (0, 144)
+    attended = pages.attention(ops.paged_attention, qkv, empty_ids, empty_ids, None, 1.0)
+    assert attended.shape == (0, 144)
     outputs = sample(torch.empty(3, 0, 9), *random_settings(0, generator()), 1, slots, empty_ids)
     assert all(o.numel() == 0 for o in outputs)
 
@@ -527,7 +420,7 @@ def test_indices_that_leave_the_cache_are_refused():
             qkv, None, None, zero, torch.tensor([14]), 6, pages.k_cache, pages.v_cache
         )
     with pytest.raises(ValueError, match=r"seq_lens must lie in \[0, 8\), got 8"):
-        pages.attention(qkv, zero, zero + 8, None, 1.0)
+        pages.attention(ops.paged_attention, qkv, zero, zero + 8, None, 1.0)
     pages.block_tables[0, 0] = 2
     with pytest.raises(ValueError, match=r"block_tables must lie in \[0, 2\), got 2"):
-        pages.attention(qkv, zero, zero + 1, None, 1.0)
+        pages.attention(ops.paged_attention, qkv, zero, zero + 1, None, 1.0)

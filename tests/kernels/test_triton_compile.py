@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", exc_type=ImportError)
 from steer_engine.kernels import guided_sample as sampler  # noqa: E402
 from steer_engine.kernels import layer_norm as norm  # noqa: E402
+from steer_engine.kernels import mqa_decode as attention  # noqa: E402
+from steer_engine.kernels import rotary_and_store as rotary  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -35,7 +38,7 @@ POINTERS = {
 TYPES = {f"{name}_ptr": f"*{t}" for t, names in POINTERS.items() for name in names.split()}
 # Sizes that are multiples of 16, which Triton tells the compiler; hidden_size is one, too.
 ALIGNED = {"vocab_size", "seq_stride", "pass_stride", "num_blocks", "hidden_size"}
-ALIGNED |= {"x_row_stride", "out_row_stride"}
+ALIGNED |= {"x_row_stride", "out_row_stride", "qkv_row_stride"}
 
 CONFIG = sampler.LaunchConfig.for_batch(33, VOCAB_SIZE)
 NORM_BLOCK_SIZE = triton.next_power_of_2(HIDDEN_SIZE)
@@ -48,6 +51,7 @@ class Kernel(NamedTuple):
     types: dict[str, str] = {}  # noqa: RUF012
     is_bitwise: bool = True  # multiply and add must round separately
     num_warps: int = CONFIG.num_warps
+    num_stages: int = 3
 
 
 def sampler_kernel(name: str, block_size: int, logits: str = "fp32", **constants) -> Kernel:
@@ -65,6 +69,74 @@ def norm_kernel(out: str) -> Kernel:
     )
 
 
+# Beside those above, for attention. Strides and table widths that vary are not in ALIGNED.
+ATTENTION_TYPES = {
+    "cos_ptr": "*fp32",
+    "sin_ptr": "*fp32",
+    "positions_ptr": "*i32",
+    "slot_mapping_ptr": "*i64",
+    "block_tables_ptr": "*i32",
+    "table_ids_ptr": "*i32",
+    "seq_lens_ptr": "*i32",
+    "alibi_ptr": "*fp32",
+    "maxima_ptr": "*fp32",
+    "sums_ptr": "*fp32",
+    "values_ptr": "*fp32",
+    "scale": "fp32",
+}
+NUM_HEADS, HEAD_DIM, PAGE_SIZE = 71, 64, 64
+
+
+def attention_types(dtype: str) -> dict[str, str]:
+    names = ("qkv_ptr", "k_cache_ptr", "v_cache_ptr", "out_ptr")
+    return ATTENTION_TYPES | dict.fromkeys(names, f"*{dtype}")
+
+
+def attention_kernel(dtype: str, *missing: str, is_decode: bool = True) -> Kernel:
+    """missing: pointers that are None in this launch."""
+    is_bf16 = dtype == "bf16"
+    config = attention.LaunchConfig.choose(torch.bfloat16 if is_bf16 else torch.float32, NUM_HEADS)
+    constants = {
+        "num_kv_heads": 1,
+        "NUM_QUERIES": NUM_HEADS,
+        "HEAD_DIM": HEAD_DIM,
+        "PAGE_SIZE": PAGE_SIZE,
+        "CHUNK_LEN": config.chunk_len,
+        "BLOCK_QUERIES": triton.next_power_of_2(NUM_HEADS),
+        "BLOCK_DIM": HEAD_DIM,
+        "BLOCK_KEYS": config.block_keys,
+        "DOT_DTYPE": triton.language.bfloat16 if is_bf16 else triton.language.float32,
+        "IS_DECODE": is_decode,
+    }
+    constants |= dict.fromkeys(f"{name}_ptr" for name in missing)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    types = attention_types(dtype)
+    return Kernel(attention.attention_kernel, constants, types, is_bitwise=False, **options)
+
+
+def merge_kernel() -> Kernel:
+    constants = {
+        "HEAD_DIM": HEAD_DIM,
+        "CHUNK_LEN": attention.CHUNK_LEN,
+        "BLOCK_HEADS": attention.MERGE_BLOCK_HEADS,
+        "BLOCK_DIM": HEAD_DIM,
+    }
+    types = attention_types("bf16")
+    return Kernel(attention.merge_kernel, constants, types, is_bitwise=False, num_warps=4)
+
+
+def rotary_kernel() -> Kernel:
+    constants = {
+        "num_kv_heads": 1,
+        "HEAD_DIM": HEAD_DIM,
+        "BLOCK_DIM": HEAD_DIM,
+        "BLOCK_HEADS": triton.next_power_of_2(NUM_HEADS),
+        "BLOCK_KV_HEADS": 1,
+    }
+    types = attention_types("bf16")
+    return Kernel(rotary.rotary_and_store_kernel, constants, types, is_bitwise=False, num_warps=4)
+
+
 BLOCK, ROUNDS = CONFIG.block_size, CONFIG.num_rounds
 KERNELS = {
     "domain_max fp32": sampler_kernel("domain_max_kernel", BLOCK),
@@ -79,6 +151,12 @@ KERNELS = {
     "draw": sampler_kernel("draw_kernel", CONFIG.draw_block_size, NUM_BLOCKS_PADDED=NUM_BLOCKS),
     "layer_norm fp32": norm_kernel("fp32"),
     "layer_norm bf16": norm_kernel("bf16"),
+    "mqa_decode": attention_kernel("bf16", "alibi"),
+    "mqa_decode one chunk": attention_kernel("bf16", "alibi", "maxima", "sums", "values"),
+    "mqa_decode fp32": attention_kernel("fp32", "alibi"),
+    "paged_attention": attention_kernel("bf16", "alibi", "cos", "sin", is_decode=False),
+    "merge": merge_kernel(),
+    "rotary_and_store": rotary_kernel(),
 }
 
 # kernel: (registers per thread on sm_80, on sm_90); triton 3.6.0
@@ -95,6 +173,12 @@ REGISTERS = {
     "draw": (46, 46),
     "layer_norm fp32": (40, 40),
     "layer_norm bf16": (44, 40),
+    "mqa_decode": (128, 114),
+    "mqa_decode one chunk": (126, 108),
+    "mqa_decode fp32": (114, 104),
+    "paged_attention": (128, 82),
+    "merge": (40, 40),
+    "rotary_and_store": (128, 88),
 }
 
 
@@ -105,12 +189,18 @@ def test_kernel_compiles_without_spills_and_within_shared_memory(name, capabilit
     arguments = kernel.function.arg_names
     signature = {a: (TYPES | kernel.types).get(a, "i32") for a in arguments}
     signature |= dict.fromkeys(kernel.constants, "constexpr")
-    is_aligned = [a.endswith("_ptr") or a in ALIGNED for a in arguments]
+    is_aligned = [
+        (a.endswith("_ptr") or a in ALIGNED) and a not in kernel.constants for a in arguments
+    ]
     attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(is_aligned) if a}
     compiled = triton.compile(
         ASTSource(kernel.function, signature, kernel.constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": kernel.num_warps, "enable_fp_fusion": not kernel.is_bitwise},
+        options={
+            "num_warps": kernel.num_warps,
+            "num_stages": kernel.num_stages,
+            "enable_fp_fusion": not kernel.is_bitwise,
+        },
     )
 
     cubin = tmp_path / "kernel.cubin"
