@@ -65,9 +65,12 @@ Tensor pack_weight_op(const Tensor& weight) {
 }
 
 void linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
-               int64_t out_features, bool gelu, bool accumulate, const Tensor& out) {
+               int64_t out_features, int64_t gelu_columns, bool accumulate, const Tensor& out) {
   check_that(out_features > 0,
              "out_features must be positive, got " + std::to_string(out_features));
+  check_that(gelu_columns >= 0 && gelu_columns <= out_features,
+             "gelu_columns must lie in [0, out_features=" + std::to_string(out_features) +
+                 "], got " + std::to_string(gelu_columns));
   check_tensor(x, "x", {{"num_rows"}, {"in_features"}}, {kBf16, kFp32}, Layout::kUnitStride);
   const int64_t num_rows = x.size(0), in_features = x.size(1);
   check_tensor(packed, "packed",
@@ -87,9 +90,9 @@ void linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor
       .num_rows = num_rows,
       .in_features = in_features,
       .out_features = out_features,
+      .gelu_columns = gelu_columns,
       .is_bf16 = is_bf16(x),
       .out_is_bf16 = is_bf16(out),
-      .gelu = gelu,
       .accumulate = accumulate,
   };
   const int64_t num_panels = round_up(out_features, kPanelWidth) / kPanelWidth;
@@ -304,8 +307,8 @@ STABLE_TORCH_LIBRARY(steer_engine, m) {
   m.def("set_cpu_isa(str name) -> ()");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def(
-      "linear(Tensor x, Tensor packed, Tensor? bias, int out_features, bool gelu, bool accumulate, "
-      "Tensor(a!) out) -> ()");
+      "linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int gelu_columns, "
+      "bool accumulate, Tensor(a!) out) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()");
   m.def(
       "rotary_and_store(Tensor(a!) qkv, Tensor? cos, Tensor? sin, Tensor positions, "

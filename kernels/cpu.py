@@ -49,12 +49,14 @@ def embedding(weight: LinearWeight, input_ids: torch.Tensor) -> torch.Tensor:
     return rows[:, : weight.in_features].float()
 
 
-def linear(x, weight: LinearWeight, out, *, bias=None, gelu=False, accumulate=False):
+def linear(x, weight: LinearWeight, out, *, bias=None, gelu_columns=0, accumulate=False):
     """See reference.linear.
 
     The arithmetic is the same for every number of rows; x and out may have any row stride.
     """
-    torch.ops.steer_engine.linear(x, weight.data, bias, weight.out_features, gelu, accumulate, out)
+    torch.ops.steer_engine.linear(
+        x, weight.data, bias, weight.out_features, gelu_columns, accumulate, out
+    )
     return out
 
 

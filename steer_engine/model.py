@@ -73,7 +73,7 @@ class StackedLinear:
         """Apply the module to x, [num_rows, in_features]; writes and returns out.
 
         num_domain: rows below it use the domain weights.
-        epilogue: gelu or accumulate, see reference.linear.
+        epilogue: gelu_columns or accumulate, see reference.linear.
         """
         linear = self.ops.linear
         if self.domain_weight is not None:
@@ -169,7 +169,9 @@ class FalconModel:
             else:
                 layer.linears[ModuleKind.DENSE](attended, num_domain, residual, accumulate=True)
                 normed = layer.mlp_norm(residual, num_domain, self.dtype)
-            layer.linears[ModuleKind.UP](normed, num_domain, up, gelu=True)
+            layer.linears[ModuleKind.UP](
+                normed, num_domain, up, gelu_columns=config.ffn_hidden_size
+            )
             layer.linears[ModuleKind.DOWN](up, num_domain, residual, accumulate=True)
         return residual
 

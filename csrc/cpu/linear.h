@@ -1,4 +1,4 @@
-// out = x W^T + bias, then GELU, then stored or added to out.
+// out = x W^T + bias, then GELU on the first columns, then stored or added to out.
 //
 // A task is a panel of 64 columns. Its weights are read from memory once, in blocks of kBlockLen
 // inputs, and every block is used for all rows of a chunk while it lies in cache.
@@ -46,6 +46,16 @@ inline void multiply_converted(const T* x, int64_t x_row_stride, int64_t rows, c
            padded_len, scratch.sums, kPanelWidth);
 }
 
+alignas(64) constexpr float kLaneNumbers[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                    8, 9, 10, 11, 12, 13, 14, 15};
+
+// GELU on the first n lanes; n may be beyond them or below 0.
+inline F16 gelu_first(F16 y, int64_t n) {
+  if (n <= 0) return y;
+  const float num_lanes = static_cast<float>(std::min(n, kLanes));
+  return select(greater(splat(num_lanes), load(kLaneNumbers)), gelu(y), y);
+}
+
 template <class Out>
 inline void finish_row(const LinearArgs& a, const float* sums, int64_t row, int64_t first_column) {
   const int64_t width = std::min(kPanelWidth, a.out_features - first_column);
@@ -54,7 +64,7 @@ inline void finish_row(const LinearArgs& a, const float* sums, int64_t row, int6
     const int64_t n = width - i;
     F16 y = load(sums + i);
     if (a.bias) y = y + load(a.bias + first_column + i, n);
-    if (a.gelu) y = gelu(y);
+    y = gelu_first(y, a.gelu_columns - first_column - i);
     if (a.accumulate) y = load(out + i, n) + y;
     store(out + i, y, n);
   }

@@ -46,7 +46,8 @@ struct LinearArgs {
   void* out;          // [num_rows, out_features]
   int64_t out_row_stride;
   int64_t num_rows, in_features, out_features;
-  bool is_bf16, out_is_bf16, gelu, accumulate;
+  int64_t gelu_columns;  // GELU applies to the first of out_features
+  bool is_bf16, out_is_bf16, accumulate;
 };
 
 struct LayerNormArgs {

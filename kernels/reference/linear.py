@@ -42,16 +42,18 @@ def linear(
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
-    gelu: bool = False,
+    gelu_columns: int = 0,
     accumulate: bool = False,
 ) -> torch.Tensor:
     """out = gelu(x W^T + bias), or out += ... with accumulate.
 
-    Bias and GELU (erf form) are computed in fp32.
+    GELU applies to the first gelu_columns outputs only, so that a product whose outputs are
+    [up | q | k | v] is one call. Bias and GELU (erf form) are computed in fp32.
 
     Args:
         x: [num_rows, in_features], dtype of the weight.
         bias: [out_features] fp32, or None.
+        gelu_columns: 0 to out_features.
         out: [num_rows, out_features], fp32 or bf16, written in place.
     Returns: out. A row's result does not depend on the other rows.
     """
@@ -62,8 +64,8 @@ def linear(
         y = F.linear(tile, weight.data).float()[: num_rows - first]
         if bias is not None:
             y = y + bias
-        if gelu:
-            y = F.gelu(y)
+        if gelu_columns:
+            y[:, :gelu_columns] = F.gelu(y[:, :gelu_columns])
         rows = out[first : first + ROW_TILE]
         if accumulate:
             rows += y

@@ -87,26 +87,28 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: torch.Ten
         )
 
 
-def run_linear(x, weight, bias=None, *, gelu=False, out_dtype=FP32):
+def run_linear(x, weight, bias=None, *, gelu_columns=0, out_dtype=FP32):
     out = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=out_dtype)
-    ops.linear(x, ops.pack_weight(weight), bias, weight.shape[0], gelu, False, out)
+    ops.linear(x, ops.pack_weight(weight), bias, weight.shape[0], gelu_columns, False, out)
     return out
 
 
-def check_linear(num_rows, in_features, out_features, dtype, out_dtype, gelu, has_bias):
+def check_linear(num_rows, in_features, out_features, dtype, out_dtype, gelu_columns, has_bias):
     x = normal(num_rows, in_features, dtype=dtype)
     weight = normal(out_features, in_features, dtype=dtype, seed=1, scale=in_features**-0.5)
     bias = normal(out_features, seed=2) if has_bias else None
-    got = run_linear(x, weight, bias, gelu=gelu, out_dtype=out_dtype)
+    got = run_linear(x, weight, bias, gelu_columns=gelu_columns, out_dtype=out_dtype)
     expected = x.double() @ weight.double().T + (bias if has_bias else 0)
     tolerance = x.double().abs() @ weight.double().abs().T * TOLERANCE["sum"]
-    if gelu:
-        tolerance = 1.13 * tolerance + TOLERANCE["gelu"] * expected.abs().clamp(min=1)  # |GELU'|
-        expected = F.gelu(expected)
+    if gelu_columns:
+        has_gelu = torch.arange(out_features) < gelu_columns
+        after = 1.13 * tolerance + TOLERANCE["gelu"] * expected.abs().clamp(min=1)  # |GELU'|
+        tolerance = torch.where(has_gelu, after, tolerance)
+        expected = torch.where(has_gelu, F.gelu(expected), expected)
     tolerance = tolerance + TOLERANCE[FP32] * expected.abs()
     if out_dtype == BF16:
         tolerance = tolerance + TOLERANCE[BF16] * expected.abs()
-    name = f"linear {num_rows}x{in_features}x{out_features} {dtype} gelu={gelu}"
+    name = f"linear {num_rows}x{in_features}x{out_features} {dtype} gelu_columns={gelu_columns}"
     assert_close(got, expected, tolerance, name)
 
 
@@ -114,17 +116,26 @@ def check_linear(num_rows, in_features, out_features, dtype, out_dtype, gelu, ha
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 13])
 def test_linear_equals_fp64_at_every_tile_remainder(isa, dtype, num_rows):
     for in_features, out_features in [(1, 1), (3, 15), (64, 16), (65, 17), (130, 63), (96, 81)]:
-        for gelu, has_bias, out_dtype in [(False, True, FP32), (True, False, BF16)]:
-            check_linear(num_rows, in_features, out_features, dtype, out_dtype, gelu, has_bias)
+        for gelu_columns, has_bias, out_dtype in [(0, True, FP32), (out_features, False, BF16)]:
+            check_linear(
+                num_rows, in_features, out_features, dtype, out_dtype, gelu_columns, has_bias
+            )
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gelu_columns", [1, 5, 15, 16, 17, 63, 64, 65, 80, 81])
+def test_gelu_ends_at_any_column(isa, gelu_columns, out_dtype):
+    """Also inside a vector of 16 columns and at the edges of a panel of 64."""
+    check_linear(3, 33, 81, FP32, out_dtype, gelu_columns, has_bias=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_equals_fp64_at_the_models_own_size(isa, dtype):
-    check_linear(3, 4544, 4672, dtype, FP32, gelu=False, has_bias=False)
+    check_linear(3, 4544, 4672, dtype, FP32, gelu_columns=0, has_bias=False)
 
 
 def test_linear_equals_fp64_with_more_rows_than_a_chunk(isa):
-    check_linear(243, 1030, 70, BF16, FP32, gelu=True, has_bias=True)
+    check_linear(243, 1030, 70, BF16, FP32, gelu_columns=70, has_bias=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,7 +147,7 @@ def test_linear_takes_any_row_stride_and_adds_to_its_output(isa, dtype):
     out.copy_(normal(5, 21, seed=1))
     weight = normal(21, 37, dtype=dtype, seed=2)
     expected = out + run_linear(x.contiguous(), weight)
-    ops.linear(x, ops.pack_weight(weight), None, 21, False, True, out)
+    ops.linear(x, ops.pack_weight(weight), None, 21, 0, True, out)
     assert torch.equal(out, expected)
     assert (wide_out[:, :9] == 7).all() and (wide_out[:, 30:] == 7).all()
 
@@ -152,7 +163,7 @@ def test_packed_weights_are_tiles_of_16_columns_padded_with_zeros(dtype):
 
 def test_gelu_equals_fp64_on_both_tails(isa):
     x = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 500.0])])
-    got = run_linear(x[:, None], torch.ones(1, 1), gelu=True)[:, 0]
+    got = run_linear(x[:, None], torch.ones(1, 1), gelu_columns=1)[:, 0]
     expected = F.gelu(x.double())
     assert_close(got, expected, TOLERANCE["gelu"] * x.double().abs().clamp(min=1), "gelu")
 
@@ -330,14 +341,14 @@ def assert_rows_are_independent(run, num_rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gelu", [False, True])
-def test_a_row_of_linear_does_not_depend_on_its_neighbours(isa, dtype, gelu):
+@pytest.mark.parametrize("gelu_columns", [0, 70, 150])
+def test_a_row_of_linear_does_not_depend_on_its_neighbours(isa, dtype, gelu_columns):
     x, weight = normal(33, 1029, dtype=dtype), normal(150, 1029, dtype=dtype, seed=1, scale=0.03)
     packed = ops.pack_weight(weight)
 
     def run(rows):
         out = torch.empty(len(rows), 150)
-        ops.linear(x[rows], packed, None, 150, gelu, False, out)
+        ops.linear(x[rows], packed, None, 150, gelu_columns, False, out)
         return out
 
     assert_rows_are_independent(run, 33)
@@ -477,7 +488,7 @@ def test_a_row_of_the_sampler_does_not_depend_on_its_neighbours(isa):
 def test_every_op_accepts_no_rows():
     empty_ids = torch.empty(0, dtype=torch.int32)
     out = torch.empty(0, 5)
-    ops.linear(torch.empty(0, 3), ops.pack_weight(torch.ones(5, 3)), None, 5, False, False, out)
+    ops.linear(torch.empty(0, 3), ops.pack_weight(torch.ones(5, 3)), None, 5, 0, False, out)
     ops.layer_norm(torch.empty(0, 5), torch.ones(5), torch.ones(5), 1e-5, out)
     pages = Pages([3], FP32, *ATTENTION_SIZES["grouped"])
     qkv, slots = random_qkv(pages, 0), torch.empty(0, dtype=torch.int64)
@@ -492,13 +503,16 @@ def test_errors_name_the_argument_what_is_expected_and_what_came():
     with pytest.raises(
         ValueError, match=r"out must be \[num_rows=2, out_features=5\].*got \[2, 4\]"
     ):
-        ops.linear(x, packed, None, 5, False, False, out[:, :4])
+        ops.linear(x, packed, None, 5, 0, False, out[:, :4])
     with pytest.raises(ValueError, match=r"packed must be \[packed_size=48\] fp32.*got \[96\]"):
-        ops.linear(x, torch.ones(96), None, 5, False, False, out)
+        ops.linear(x, torch.ones(96), None, 5, 0, False, out)
     with pytest.raises(ValueError, match=r"x must be .*unit stride.*strides \(1, 2\)"):
-        ops.linear(torch.ones(3, 2).T, packed, None, 5, False, False, out)
+        ops.linear(torch.ones(3, 2).T, packed, None, 5, 0, False, out)
     with pytest.raises(ValueError, match="out must be fp32 where accumulate is set"):
-        ops.linear(x, packed, None, 5, False, True, out.to(BF16))
+        ops.linear(x, packed, None, 5, 0, True, out.to(BF16))
+    for gelu_columns in (-1, 6):
+        with pytest.raises(ValueError, match=r"gelu_columns must lie in \[0, out_features=5\]"):
+            ops.linear(x, packed, None, 5, gelu_columns, False, out)
     with pytest.raises(ValueError, match=r"weight must be .*bf16 or fp32.*got \[2, 3\] fp64"):
         ops.pack_weight(x.double())
     with pytest.raises(ValueError, match=r"STEER_CPU_ISA must be one of portable, .*got 'sse9'"):
