@@ -6,12 +6,11 @@ interpreter and compiled for sm_80 and sm_90; they have not run on a GPU yet.
 
 from .guided_sample import guided_sample
 from .layer_norm import layer_norm
+from .linear import linear, pack_weight
 from .reference import (
     embedding,
     guided_probs,
-    linear,
     mqa_decode,
-    pack_weight,
     paged_attention,
     rotary_and_store,
 )
