@@ -21,9 +21,9 @@ stay in L2, against 41 MB of weights. 4 stages are 96 KB of shared memory: two p
 processor, and each has 2 to 3 steps in flight, together 64 KB or more of weights, where 32 KB cover
 the latency.
 
-Rejected: float atomics (the order varies), a last-arriver epilogue (a counter to reset, and one
-program re-reads what 36 could), more rows per tile for prefill (another tile shape; it may give
-the same bits on today's MMA, but nothing promises it). Not timed yet.
+Rejected: float atomics (the order varies), a last-arriver epilogue (counters to reset, for one
+launch less), more rows per tile for prefill (another tile shape; it may give the same bits on
+today's MMA, but nothing promises it). Not timed yet.
 """
 
 from __future__ import annotations
