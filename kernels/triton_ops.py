@@ -6,8 +6,9 @@ interpreter and compiled for sm_80 and sm_90; they have not run on a GPU yet.
 
 from .guided_sample import draw, guided_sample
 from .layer_norm import layer_norm
+from .linear import linear, pack_weight
 from .mqa_decode import mqa_decode, paged_attention
-from .reference import embedding, guided_probs, linear, pack_weight
+from .reference import embedding, guided_probs
 from .rotary_and_store import rotary_and_store
 
 __all__ = [

@@ -18,6 +18,7 @@ import torch
 triton = pytest.importorskip("triton", exc_type=ImportError)
 from steer_engine.kernels import guided_sample as sampler  # noqa: E402
 from steer_engine.kernels import layer_norm as norm  # noqa: E402
+from steer_engine.kernels import linear as product  # noqa: E402
 from steer_engine.kernels import mqa_decode as attention  # noqa: E402
 from steer_engine.kernels import rotary_and_store as rotary  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -39,6 +40,7 @@ TYPES = {f"{name}_ptr": f"*{t}" for t, names in POINTERS.items() for name in nam
 # Sizes that are multiples of 16, which Triton tells the compiler; hidden_size is one, too.
 ALIGNED = {"vocab_size", "seq_stride", "pass_stride", "num_blocks", "hidden_size"}
 ALIGNED |= {"x_row_stride", "out_row_stride", "qkv_row_stride"}
+ALIGNED |= {"in_features", "out_features", "segment_len"}
 
 CONFIG = sampler.LaunchConfig.for_batch(33, VOCAB_SIZE)
 NORM_BLOCK_SIZE = triton.next_power_of_2(HIDDEN_SIZE)
@@ -51,7 +53,7 @@ class Kernel(NamedTuple):
     types: dict[str, str] = {}  # noqa: RUF012
     is_bitwise: bool = True  # multiply and add must round separately
     num_warps: int = CONFIG.num_warps
-    num_stages: int = 3
+    options: dict[str, Any] = {}  # noqa: RUF012
 
 
 def sampler_kernel(name: str, block_size: int, logits: str = "fp32", **constants) -> Kernel:
@@ -109,9 +111,9 @@ def attention_kernel(dtype: str, *missing: str, is_decode: bool = True) -> Kerne
         "IS_DECODE": is_decode,
     }
     constants |= dict.fromkeys(f"{name}_ptr" for name in missing)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_stages": config.num_stages}
     types = attention_types(dtype)
-    return Kernel(attention.attention_kernel, constants, types, is_bitwise=False, **options)
+    return Kernel(attention.attention_kernel, constants, types, False, config.num_warps, options)
 
 
 def merge_kernel() -> Kernel:
@@ -137,6 +139,44 @@ def rotary_kernel() -> Kernel:
     return Kernel(rotary.rotary_and_store_kernel, constants, types, is_bitwise=False, num_warps=4)
 
 
+def linear_kernels(
+    name: str, in_features: int, out_features: int, num_rows: int, out: str, dtype: str = "bf16",
+    gelu: bool = False, accumulate: bool = False,
+) -> dict[str, Kernel]:  # fmt: skip
+    """What linear launches for one weight and number of rows; without bias, as in Falcon-7B."""
+    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    config = product.config_for(in_features, out_features, torch_dtype)
+    is_partial = config.is_partial(num_rows, out_features)
+    types = {"x_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "partials_ptr": "*fp32"}
+    types["out_ptr"] = f"*{out}"
+    epilogue = {"bias_ptr": None, "ACCUMULATE": accumulate, "HAS_GELU": gelu}
+    none = {"bias_ptr": None, "ACCUMULATE": False, "HAS_GELU": False}
+    constants = {
+        "SEGMENTS_PER_PROGRAM": 1 if is_partial else config.num_segments,
+        "IS_PARTIAL": is_partial,
+        "WEIGHT_EVICTION": "evict_first" if num_rows <= config.block_m else "",
+        "UPCAST": False,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    options = {"num_stages": config.num_stages, "enable_fp_fusion": False}
+
+    def kernel(function, constants, types):
+        return Kernel(function, constants, types, False, config.num_warps, options)
+
+    if not is_partial:
+        return {name: kernel(product.linear_kernel, constants | epilogue, types)}
+    adding = epilogue | {
+        "NUM_SEGMENTS": config.num_segments,
+        "BLOCK_SIZE": config.epilogue_block_size,
+    }
+    return {
+        name: kernel(product.linear_kernel, constants | none, types | {"out_ptr": "*fp32"}),
+        f"{name} epilogue": kernel(product.epilogue_kernel, adding, types),
+    }
+
+
 BLOCK, ROUNDS = CONFIG.block_size, CONFIG.num_rounds
 KERNELS = {
     "domain_max fp32": sampler_kernel("domain_max_kernel", BLOCK),
@@ -158,6 +198,20 @@ KERNELS = {
     "merge": merge_kernel(),
     "rotary_and_store": rotary_kernel(),
 }
+LINEAR_KERNELS = {
+    **linear_kernels("linear qkv", 4544, 4672, 33, "bf16"),
+    **linear_kernels("linear dense", 4544, 4544, 33, "fp32", accumulate=True),
+    **linear_kernels("linear up", 4544, 18176, 33, "bf16", gelu=True),
+    **linear_kernels("linear down", 18176, 4544, 33, "fp32", accumulate=True),
+    **linear_kernels("linear up+qkv", 4544, 22848, 33, "bf16", gelu=True),
+    **linear_kernels("linear down+dense", 22720, 4544, 33, "fp32", accumulate=True),
+    **linear_kernels("linear head", 4544, 65024, 33, "fp32"),
+    **linear_kernels("linear qkv, many rows", 4544, 4672, 1000, "bf16"),
+    **linear_kernels("linear up+qkv, many rows", 4544, 22848, 1000, "bf16", gelu=True),
+    **linear_kernels("linear down+dense, many rows", 22720, 4544, 1000, "fp32", accumulate=True),
+    **linear_kernels("linear up fp32", 4544, 18176, 33, "fp32", dtype="fp32", gelu=True),
+}
+KERNELS |= LINEAR_KERNELS
 
 # kernel: (registers per thread on sm_80, on sm_90); triton 3.6.0
 REGISTERS = {
@@ -179,6 +233,21 @@ REGISTERS = {
     "paged_attention": (128, 82),
     "merge": (40, 40),
     "rotary_and_store": (128, 88),
+    "linear qkv": (180, 123),
+    "linear qkv epilogue": (36, 38),
+    "linear dense": (180, 123),
+    "linear dense epilogue": (32, 32),
+    "linear up": (168, 162),
+    "linear down": (180, 123),
+    "linear down epilogue": (32, 32),
+    "linear up+qkv": (168, 162),
+    "linear down+dense": (180, 123),
+    "linear down+dense epilogue": (32, 32),
+    "linear head": (182, 125),
+    "linear qkv, many rows": (255, 203),
+    "linear up+qkv, many rows": (168, 162),
+    "linear down+dense, many rows": (255, 205),
+    "linear up fp32": (128, 128),
 }
 
 
@@ -196,11 +265,8 @@ def test_kernel_compiles_without_spills_and_within_shared_memory(name, capabilit
     compiled = triton.compile(
         ASTSource(kernel.function, signature, kernel.constants, attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": kernel.num_warps,
-            "num_stages": kernel.num_stages,
-            "enable_fp_fusion": not kernel.is_bitwise,
-        },
+        options={"num_warps": kernel.num_warps, "enable_fp_fusion": not kernel.is_bitwise}
+        | kernel.options,
     )
 
     cubin = tmp_path / "kernel.cubin"
@@ -213,6 +279,10 @@ def test_kernel_compiles_without_spills_and_within_shared_memory(name, capabilit
     found = f"{name} on sm_{capability}: {registers} registers, {shared} bytes shared"
     assert stack == 0, f"{found}, {stack} bytes of stack: it spills"
     assert shared <= MAX_SHARED_BYTES[capability], found
+    if name in LINEAR_KERNELS and "epilogue" not in name and "fp32" not in name:
+        # A row tile of 64 is one warpgroup's MMA; Triton takes the older one where it cannot.
+        assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (capability == 90), found
+        assert 2 * shared < MAX_SHARED_BYTES[capability], f"{found}: no two programs fit"
     if kernel.is_bitwise:
         assert "fma.rn.f32" not in compiled.asm["ptx"], f"{name} fuses a multiply and an add"
         assert not re.search(r"\.ftz\.f32", compiled.asm["ptx"]), f"{name} flushes denormals"

@@ -70,6 +70,18 @@ def prepare() -> None:
         patch_lang_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot_in_order(self, a, b, total, *options):
+        """BLAS adds up one row of a tile in another order than the next; a GPU does not."""
+        if a.data.dtype != np.float32 or a.data.ndim != 2:
+            return create_dot(self, a, b, total, *options)
+        sums = total.data.copy()
+        for k in range(a.data.shape[1]):
+            sums += a.data[:, k, None] * b.data[k]
+        return interpreter.TensorHandle(sums, total.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot_in_order
     # triton 3.6.0 writes int(array of one element), which numpy 2.4 refuses; so no kernel could
     # have `range(scalar)`. Goes with the first triton that works without it.
     interpreter._patch_lang_tensor = patch_tensor
