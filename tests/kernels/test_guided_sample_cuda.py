@@ -103,7 +103,7 @@ def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 def sample(emulate, case: Case, shape: Shape) -> list[torch.Tensor]:
     """All five outputs, from buffers full of what no row may return."""
-    num_passes, num_seqs, vocab_size = case.logits.shape
+    _, num_seqs, vocab_size = case.logits.shape
     assert shape.holds(vocab_size)
     dtypes = (torch.int64, torch.float32, torch.int32, torch.int32, torch.int64)
     outputs = [torch.full((num_seqs,), -7, dtype=dtype) for dtype in dtypes]
