@@ -1,18 +1,30 @@
 // torch.ops.steer_engine: checks tensors, takes their pointers and runs the kernels on Torch's
 // threads. Outputs are the caller's. The only file (with check_tensor.h) that includes Torch, and
 // of Torch only the stable ABI.
+#ifdef STEER_CUDA
+#include <torch/csrc/stable/accelerator.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "check_tensor.h"
 #include "cpu/dispatch.h"
 #include "cpu/forward.h"
 #include "cpu/ops.h"
+#ifdef STEER_CUDA
+#include "cuda/guided_sample.h"
+#endif
+
+// The CUDA targets that are compiled in, empty without CUDA; CMake names them.
+#ifndef STEER_CUDA_ARCHS
+#define STEER_CUDA_ARCHS ""
+#endif
 
 namespace steer {
 
@@ -400,11 +412,14 @@ void logits_op(const Tensor& model, double eps, const Tensor& residual, const Te
   run_team([&](Team& team) { logits(args, team); });
 }
 
-void guided_sample_op(const Tensor& logits, const Tensor& weights, const Tensor& inv_temperature,
-                      const Tensor& greedy, const Tensor& log_alpha, const Tensor& top_k,
-                      const Tensor& top_p_fixed, int64_t seed, const Tensor& stream_ids,
-                      const Tensor& steps, const Tensor& token_ids, const Tensor& logprobs,
-                      const Tensor& status, const Tensor& num_kept, const Tensor& total_mass) {
+GuidedSampleArgs guided_sample_args(const Tensor& logits, const Tensor& weights,
+                                    const Tensor& inv_temperature, const Tensor& greedy,
+                                    const Tensor& log_alpha, const Tensor& top_k,
+                                    const Tensor& top_p_fixed, int64_t seed,
+                                    const Tensor& stream_ids, const Tensor& steps,
+                                    const Tensor& token_ids, const Tensor& logprobs,
+                                    const Tensor& status, const Tensor& num_kept,
+                                    const Tensor& total_mass) {
   check_tensor(logits, "logits", {{"num_passes"}, {"num_seqs"}, {"vocab_size"}}, {kBf16, kFp32},
                Layout::kUnitStride);
   const int64_t num_passes = logits.size(0), num_seqs = logits.size(1);
@@ -426,7 +441,7 @@ void guided_sample_op(const Tensor& logits, const Tensor& weights, const Tensor&
   check_per_seq(status, "status", kInt32);
   check_per_seq(num_kept, "num_kept", kInt32);
   check_per_seq(total_mass, "total_mass", kInt64);
-  const GuidedSampleArgs args{
+  return {
       .logits = data<void>(logits),
       .pass_stride = logits.stride(0),
       .seq_stride = logits.stride(1),
@@ -449,8 +464,61 @@ void guided_sample_op(const Tensor& logits, const Tensor& weights, const Tensor&
       .vocab_size = logits.size(2),
       .is_bf16 = is_bf16(logits),
   };
-  run_tasks(num_seqs, args, kernels().guided_sample);
 }
+
+void guided_sample_op(const Tensor& logits, const Tensor& weights, const Tensor& inv_temperature,
+                      const Tensor& greedy, const Tensor& log_alpha, const Tensor& top_k,
+                      const Tensor& top_p_fixed, int64_t seed, const Tensor& stream_ids,
+                      const Tensor& steps, const Tensor& token_ids, const Tensor& logprobs,
+                      const Tensor& status, const Tensor& num_kept, const Tensor& total_mass) {
+  const GuidedSampleArgs args = guided_sample_args(
+      logits, weights, inv_temperature, greedy, log_alpha, top_k, top_p_fixed, seed, stream_ids,
+      steps, token_ids, logprobs, status, num_kept, total_mass);
+  run_tasks(args.num_seqs, args, kernels().guided_sample);
+}
+
+#ifdef STEER_CUDA
+int64_t guided_sample_cluster_size_op(int64_t num_seqs, int64_t vocab_size) {
+  return choose_cluster_size(num_seqs, vocab_size);
+}
+
+// seed: [1] on the device. scratch: [num_seqs, vocab_size] where cluster_size is 0. stream: a
+// cudaStream_t; the stable ABI of Torch 2.11 does not give it out.
+void guided_sample_cuda_op(const Tensor& logits, const Tensor& weights,
+                           const Tensor& inv_temperature, const Tensor& greedy,
+                           const Tensor& log_alpha, const Tensor& top_k, const Tensor& top_p_fixed,
+                           const Tensor& seed, const Tensor& stream_ids, const Tensor& steps,
+                           const Tensor& token_ids, const Tensor& logprobs, const Tensor& status,
+                           const Tensor& num_kept, const Tensor& total_mass,
+                           const std::optional<Tensor>& scratch, int64_t cluster_size,
+                           int64_t stream) {
+  GuidedSampleLaunch launch{};
+  launch.args =
+      guided_sample_args(logits, weights, inv_temperature, greedy, log_alpha, top_k, top_p_fixed, 0,
+                         stream_ids, steps, token_ids, logprobs, status, num_kept, total_mass);
+  const int64_t num_seqs = launch.args.num_seqs, vocab_size = launch.args.vocab_size;
+  check_that(vocab_size <= kMaxVocabSize, "vocab_size must be at most " +
+                                              std::to_string(kMaxVocabSize) + ", got " +
+                                              std::to_string(vocab_size));
+  check_that(is_cluster_size(cluster_size, vocab_size),
+             "cluster_size must be 0, 4, 8 or 16, and 0 for a vocabulary above " +
+                 std::to_string(kMaxVocabSizeInRegisters) + ", got " +
+                 std::to_string(cluster_size));
+  check_tensor(seed, "seed", {{"1", 1}}, {kInt64});
+  launch.seed = data<int64_t>(seed);
+  if (cluster_size == 0) {
+    check_that(scratch.has_value(), "scratch must be given where cluster_size is 0");
+    check_tensor(*scratch, "scratch", {{"num_seqs", num_seqs}, {"vocab_size", vocab_size}},
+                 {kFp32});
+    launch.x = mutable_data<float>(*scratch);
+  }
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const char* error = launch_guided_sample(launch, static_cast<int>(cluster_size), stream);
+  if (error != nullptr) throw std::runtime_error(std::string("guided_sample: CUDA: ") + error);
+}
+#endif
+
+std::string cuda_archs() { return STEER_CUDA_ARCHS; }
 
 void set_cpu_isa_op(std::string name) { set_cpu_isa(name); }
 
@@ -459,6 +527,7 @@ void set_cpu_isa_op(std::string name) { set_cpu_isa(name); }
 }  // namespace steer
 
 STABLE_TORCH_LIBRARY(steer_engine, m) {
+  m.def("cuda_archs() -> str");
   m.def("cpu_isa() -> str");
   m.def("set_cpu_isa(str name) -> ()");
   m.def("pack_weight(Tensor weight) -> Tensor");
@@ -486,9 +555,22 @@ STABLE_TORCH_LIBRARY(steer_engine, m) {
       "Tensor log_alpha, Tensor top_k, Tensor top_p_fixed, int seed, Tensor stream_ids, "
       "Tensor steps, Tensor(a!) token_ids, Tensor(b!) logprobs, Tensor(c!) status, "
       "Tensor(d!) num_kept, Tensor(e!) total_mass) -> ()");
+#ifdef STEER_CUDA
+  m.def("guided_sample_cluster_size(int num_seqs, int vocab_size) -> int");
+  m.def(
+      "guided_sample_cuda(Tensor logits, Tensor weights, Tensor inv_temperature, Tensor greedy, "
+      "Tensor log_alpha, Tensor top_k, Tensor top_p_fixed, Tensor seed, Tensor stream_ids, "
+      "Tensor steps, Tensor(a!) token_ids, Tensor(b!) logprobs, Tensor(c!) status, "
+      "Tensor(d!) num_kept, Tensor(e!) total_mass, Tensor(f!)? scratch, int cluster_size, "
+      "int stream) -> ()");
+#endif
 }
 
 STABLE_TORCH_LIBRARY_IMPL(steer_engine, CompositeExplicitAutograd, m) {
+  m.impl("cuda_archs", TORCH_BOX(&steer::cuda_archs));
+#ifdef STEER_CUDA
+  m.impl("guided_sample_cluster_size", TORCH_BOX(&steer::guided_sample_cluster_size_op));
+#endif
   m.impl("cpu_isa", TORCH_BOX(&steer::cpu_isa));
   m.impl("set_cpu_isa", TORCH_BOX(&steer::set_cpu_isa_op));
 }
@@ -503,3 +585,9 @@ STABLE_TORCH_LIBRARY_IMPL(steer_engine, CPU, m) {
   m.impl("logits", TORCH_BOX(&steer::logits_op));
   m.impl("guided_sample", TORCH_BOX(&steer::guided_sample_op));
 }
+
+#ifdef STEER_CUDA
+STABLE_TORCH_LIBRARY_IMPL(steer_engine, CUDA, m) {
+  m.impl("guided_sample_cuda", TORCH_BOX(&steer::guided_sample_cuda_op));
+}
+#endif

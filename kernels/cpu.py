@@ -8,7 +8,12 @@ from __future__ import annotations
 import torch
 
 from .reference import guided_probs, last_slots
-from .reference.guided_sample import Sampled, check_sampling_arguments, prepare_parameters
+from .reference.guided_sample import (
+    Sampled,
+    check_sampling_arguments,
+    prepare_parameters,
+    signed_seed,
+)
 from .reference.linear import LinearWeight
 
 __all__ = [
@@ -107,15 +112,18 @@ def guided_sample(
 def draw(logits, weights, parameters, *, seed, stream_ids, steps) -> Sampled:
     """See reference.draw."""
     num_seqs = logits.shape[1]
-    sampled = Sampled(
-        torch.empty(num_seqs, dtype=torch.int64),
-        torch.empty(num_seqs, dtype=torch.float32),
-        torch.empty(num_seqs, dtype=torch.int32),
-    )
+    sampled = Sampled.empty(num_seqs, logits.device)
     num_kept = torch.empty(num_seqs, dtype=torch.int32)
     total_mass = torch.empty(num_seqs, dtype=torch.int64)
-    signed_seed = seed - (1 << 64) if seed >= 1 << 63 else seed
     torch.ops.steer_engine.guided_sample(
-        logits, weights, *parameters, signed_seed, stream_ids, steps, *sampled, num_kept, total_mass
+        logits,
+        weights,
+        *parameters,
+        signed_seed(seed),
+        stream_ids,
+        steps,
+        *sampled,
+        num_kept,
+        total_mass,
     )
     return sampled

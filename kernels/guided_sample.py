@@ -52,6 +52,7 @@ from .reference.guided_sample import (
     SamplingTensors,
     check_sampling_arguments,
     prepare_parameters,
+    signed_seed,
 )
 
 # The definition's constants, in the form that kernels can read.
@@ -693,20 +694,15 @@ def draw(logits, weights, parameters: SamplingTensors, *, seed, stream_ids, step
     """See reference.draw."""
     _, num_seqs, vocab_size = logits.shape
     device = logits.device
-    sampled = Sampled(
-        torch.empty(num_seqs, dtype=torch.int64, device=device),
-        torch.empty(num_seqs, dtype=torch.float32, device=device),
-        torch.empty(num_seqs, dtype=torch.int32, device=device),
-    )
+    sampled = Sampled.empty(num_seqs, device)
     if num_seqs == 0:
         return sampled
     config = LaunchConfig.for_batch(num_seqs, vocab_size)
-    signed_seed = seed - (1 << 64) if seed >= 1 << 63 else seed
     launch_guided_sample(
         logits,
         weights.contiguous(),
         SamplingTensors(*(p.contiguous() for p in parameters)),
-        torch.full((1,), signed_seed, dtype=torch.int64, device=device),
+        torch.full((1,), signed_seed(seed), dtype=torch.int64, device=device),
         stream_ids.contiguous(),
         steps.contiguous(),
         sampled,

@@ -1,8 +1,9 @@
 """The one place that picks an implementation of an op: by backend name, or by device with "auto".
 
-`reference` is plain PyTorch and defines every op; `cpu` and `cuda` are the compiled library (csrc);
-`triton` has GPU kernels. All offer the same functions with the same signatures, so the model holds
-one module of them and calls it:
+`reference` is plain PyTorch and defines every op; `cpu` is the compiled library (csrc); `triton`
+has GPU kernels; `cuda` has the sampler in CUDA C++ and Triton's ops, or the reference's, for the
+rest. All offer the same functions with the same signatures, so the model holds one module of them
+and calls it:
 
     ops.implementation(ops.resolve_backend("auto", device)).layer_norm(...)
 
@@ -58,7 +59,10 @@ def unavailable_reason(backend: str) -> str | None:
     if backend == "cpu":
         return _load_library()
     if backend == "cuda":
-        return "not written yet; the reference runs on the GPU"
+        reason = _load_library()
+        if reason is None and not torch.ops.steer_engine.cuda_archs():
+            reason = "compiled without CUDA; install again where nvcc is found"
+        return reason or (None if torch.cuda.is_available() else "needs a CUDA GPU")
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; run `pip install triton`"
     if torch.cuda.is_available() or is_triton_interpreted():

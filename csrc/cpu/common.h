@@ -12,6 +12,6 @@
 
 #include "cpu/bf16.h"
 #include "cpu/ops.h"
-#include "cpu/philox.h"
+#include "philox.h"
 #include "cpu/scratch.h"
 #include "cpu/select_prefix.h"

@@ -64,6 +64,15 @@ class Sampled(NamedTuple):
     logprobs: torch.Tensor
     status: torch.Tensor
 
+    @classmethod
+    def empty(cls, num_seqs: int, device: torch.device) -> Sampled:
+        """Outputs for a kernel to write."""
+        return cls(
+            torch.empty(num_seqs, dtype=torch.int64, device=device),
+            torch.empty(num_seqs, dtype=torch.float32, device=device),
+            torch.empty(num_seqs, dtype=torch.int32, device=device),
+        )
+
 
 class SamplingTensors(NamedTuple):
     """Per-sequence parameters as kernels read them, computed here so that no backend rounds anew.
@@ -149,6 +158,11 @@ def prepare_parameters(temperature, top_p, top_k, alpha, vocab_size: int) -> Sam
         top_k=torch.where((top_k <= 0) | (top_k > vocab_size), vocab_size, top_k),
         top_p_fixed=torch.round(top_p.double() * 2.0**32).long().clamp(1, 2**32),
     )
+
+
+def signed_seed(seed: int) -> int:
+    """A seed in [0, 2**64) as the int64 of the same bits, which is what kernels take."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
 def exp2_mass(t: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ constexpr uint32_t kStreamTokens = 0;
 
 // 64 random bits: words 0 (high) and 1 (low) for key = seed, counter = (step, stream id low, high,
 // stream).
-inline uint64_t random_bits(uint64_t seed, int64_t stream_id, int64_t step, uint32_t stream) {
+constexpr uint64_t random_bits(uint64_t seed, int64_t stream_id, int64_t step, uint32_t stream) {
   uint32_t counter[4] = {static_cast<uint32_t>(step), static_cast<uint32_t>(stream_id),
                          static_cast<uint32_t>(static_cast<uint64_t>(stream_id) >> 32), stream};
   uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
