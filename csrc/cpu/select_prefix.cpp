@@ -1,7 +1,8 @@
 #include "cpu/select_prefix.h"
 
+#include <algorithm>
 #include <bit>
-#include <numeric>
+#include <limits>
 
 namespace steer {
 
@@ -13,35 +14,37 @@ struct Boundary {
   uint64_t num_ties;
 };
 
-// Ascending as an integer where x ascends.
-uint32_t order_key(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-// The prefix's end by radix selection: the weights are summed per digit of the key, highest digit
-// first, and only the digit in which the sum reaches the target is looked into. Three rounds over
-// at most size members, even if all are equal. (11, 11 and 10 bits: a histogram of 2048 sums is 16
-// KB and stays in L1.)
+// The prefix's end by radix selection: the weights are summed per digit of the key, and only the
+// digit in which the sum reaches the target is looked into. A digit is the 11 highest bits in which
+// the members differ, so that there are at most three rounds, and none if all are equal. (A
+// histogram of 2048 sums is 16 KB and stays in L1.)
 template <class Weight>
 Boundary find_boundary(const TokenList& list, uint64_t target, int32_t* members, Weight weight) {
-  constexpr int kShifts[] = {21, 10, 0};
-  constexpr uint32_t kNumDigits = 2048;
+  constexpr int kDigitBits = 11;
+  constexpr uint32_t kNumDigits = 1 << kDigitBits;
   int64_t num_members = list.size;
-  std::iota(members, members + num_members, 0);
+  uint32_t differing = 0;  // bits
+  for (int64_t i = 0; i < num_members; ++i) {
+    members[i] = static_cast<int32_t>(i);
+    differing |= order_key(list.x[i]) ^ order_key(list.x[0]);
+  }
   uint64_t above = 0;  // weight of what certainly comes before the boundary
-  for (const int shift : kShifts) {
-    const uint32_t mask = shift == 0 ? 1023 : kNumDigits - 1;
+  while (differing != 0) {
+    const int shift = std::max(0, static_cast<int>(std::bit_width(differing)) - kDigitBits);
+    const auto digit_of = [&](int32_t member) {
+      return order_key(list.x[member]) >> shift & (kNumDigits - 1);
+    };
     uint64_t histogram[kNumDigits] = {};
-    for (int64_t i = 0; i < num_members; ++i) {
-      histogram[order_key(list.x[members[i]]) >> shift & mask] += weight(members[i]);
-    }
-    uint32_t digit = mask;
+    for (int64_t i = 0; i < num_members; ++i) histogram[digit_of(members[i])] += weight(members[i]);
+    uint32_t digit = kNumDigits - 1;
     while (digit > 0 && above + histogram[digit] < target) above += histogram[digit--];
     int64_t num_left = 0;
+    differing = 0;
     for (int64_t i = 0; i < num_members; ++i) {
-      members[num_left] = members[i];
-      num_left += (order_key(list.x[members[i]]) >> shift & mask) == digit;
+      const int32_t member = members[i];
+      if (digit_of(member) != digit) continue;
+      members[num_left++] = member;
+      differing |= order_key(list.x[member]) ^ order_key(list.x[members[0]]);
     }
     num_members = num_left;
   }
@@ -50,31 +53,37 @@ Boundary find_boundary(const TokenList& list, uint64_t target, int32_t* members,
   return {list.x[members[0]], (target - above + each - 1) / each};
 }
 
-void cut(TokenList& list, Boundary last) {
+// What is cut from the list becomes -inf in x_by_index.
+float cut(TokenList& list, Boundary last, float* x_by_index) {
   int64_t size = 0;
   for (int64_t i = 0; i < list.size; ++i) {
     const float x = list.x[i];
     const bool is_tie = x == last.x;
     const bool stays = x > last.x || (is_tie && last.num_ties > 0);
     last.num_ties -= is_tie && last.num_ties > 0;
+    if (!stays) x_by_index[list.index[i]] = -std::numeric_limits<float>::infinity();
     list.x[size] = x;
     list.mass[size] = list.mass[i];
     list.index[size] = list.index[i];
     size += stays;
   }
   list.size = size;
+  return last.x;
 }
 
 }  // namespace
 
-void keep_first(TokenList& list, int64_t count, int32_t* members) {
-  if (count >= list.size) return;
-  cut(list, find_boundary(list, count, members, [](int32_t) { return uint64_t{1}; }));
+float keep_first(TokenList& list, int64_t count, int32_t* members, float* x_by_index) {
+  if (count >= list.size) return *std::min_element(list.x, list.x + list.size);
+  return cut(list, find_boundary(list, count, members, [](int32_t) { return uint64_t{1}; }),
+             x_by_index);
 }
 
-void keep_mass(TokenList& list, uint64_t target, int32_t* members) {
-  cut(list, find_boundary(list, target, members,
-                          [&](int32_t i) { return static_cast<uint64_t>(list.mass[i]); }));
+float keep_mass(TokenList& list, uint64_t target, int32_t* members, float* x_by_index) {
+  return cut(list,
+             find_boundary(list, target, members,
+                           [&](int32_t i) { return static_cast<uint64_t>(list.mass[i]); }),
+             x_by_index);
 }
 
 uint64_t total_mass(const TokenList& list) {

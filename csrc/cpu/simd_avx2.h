@@ -44,6 +44,23 @@ inline void store(bf16* p, F16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
 }
 
+inline void store_whole(int32_t* p, F16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvttps_epi32(a.lo));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), _mm256_cvttps_epi32(a.hi));
+}
+inline void store_whole(uint64_t* p, __m128 a) {
+  // 2**52 + a has a as its fraction's bits.
+  const __m256d shift = _mm256_set1_pd(0x1p52);
+  const __m256d shifted = _mm256_add_pd(_mm256_cvtps_pd(a), shift);
+  _mm256_storeu_pd(reinterpret_cast<double*>(p), _mm256_xor_pd(shifted, shift));
+}
+inline void store_whole(uint64_t* p, F16 a) {
+  store_whole(p, _mm256_castps256_ps128(a.lo));
+  store_whole(p + 4, _mm256_extractf128_ps(a.lo, 1));
+  store_whole(p + 8, _mm256_castps256_ps128(a.hi));
+  store_whole(p + 12, _mm256_extractf128_ps(a.hi, 1));
+}
+
 inline F16 operator+(F16 a, F16 b) {
   return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
 }

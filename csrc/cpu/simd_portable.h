@@ -48,6 +48,14 @@ inline void store(bf16* p, F16 a) {
   for (int i = 0; i < 16; ++i) assign(p[i], a.v[i]);
 }
 
+// For whole numbers from 0 on, below 2**31 or below 2**52; int32_t: towards zero for others.
+inline void store_whole(int32_t* p, F16 a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int32_t>(a.v[i]);
+}
+inline void store_whole(uint64_t* p, F16 a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint64_t>(a.v[i]);
+}
+
 inline F16 operator+(F16 a, F16 b) {
   return each_lane([&](int i) { return a.v[i] + b.v[i]; });
 }

@@ -305,6 +305,24 @@ def reference_sample(logits, weights, settings, seed, stream_ids, steps) -> list
     return [*sampled, kept.num_kept, kept.total_mass]
 
 
+def check_rows(kind, logits, weights, settings, *draw):
+    arguments = (logits, weights, settings, *draw)
+    names = ("token_ids", "logprobs", "status", "num_kept", "total_mass")
+    for name, got, expected in zip(
+        names, sample(*arguments), reference_sample(*arguments), strict=True
+    ):
+        tolerance = 1e-6 if name == "logprobs" else 0
+        is_wrong = ~((got - expected).abs() <= tolerance)
+        if is_wrong.any():
+            row = int(is_wrong.nonzero()[0])
+            setting = {key: value[row].item() for key, value in settings.items()}
+            raise AssertionError(
+                f"{name} of {int(is_wrong.sum())} of {len(got)} rows, {kind}, vocab_size "
+                f"{logits.shape[2]}, row {row}: got {got[row]}, expected {expected[row]}, "
+                f"weights {weights[:, row].tolist()}, {setting}"
+            )
+
+
 def check_sampler(kinds, num_seqs, vocab_size, num_passes, g):
     for kind in kinds:
         logits = random_logits(kind, num_passes, num_seqs, vocab_size, g)
@@ -316,21 +334,7 @@ def check_sampler(kinds, num_seqs, vocab_size, num_passes, g):
             logits[1:] = torch.where(weights[1:, :, None] == 0, torch.nan, logits[1:])
         stream_ids = torch.randint(-(2**62), 2**62, (num_seqs,), generator=g)
         steps = torch.randint(2**31 - 1, (num_seqs,), generator=g).int()
-        arguments = (logits, weights, settings, -(2**62) - 5, stream_ids, steps)
-        names = ("token_ids", "logprobs", "status", "num_kept", "total_mass")
-        for name, got, expected in zip(
-            names, sample(*arguments), reference_sample(*arguments), strict=True
-        ):
-            tolerance = 1e-6 if name == "logprobs" else 0
-            is_wrong = ~((got - expected).abs() <= tolerance)
-            if is_wrong.any():
-                row = int(is_wrong.nonzero()[0])
-                setting = {key: value[row].item() for key, value in settings.items()}
-                raise AssertionError(
-                    f"{name} of {int(is_wrong.sum())} of {num_seqs} rows, {kind}, vocab_size "
-                    f"{vocab_size}, row {row}: got {got[row]}, expected {expected[row]}, "
-                    f"weights {weights[:, row].tolist()}, {setting}"
-                )
+        check_rows(kind, logits, weights, settings, -(2**62) - 5, stream_ids, steps)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 17, 50, 1000, 1024, 1025])
@@ -343,13 +347,65 @@ def test_sampler_equals_the_reference_bit_for_bit(isa, vocab_size):
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampler_equals_the_reference_on_many_rows(kind):
     g = generator(1)
-    check_sampler([kind], 100, 1000, 3, g)
+    check_sampler([kind], 500, 1000, 3, g)  # these three: 8,576 rows over all kinds
     check_sampler([kind], 30, 8192, 3, g)
     check_sampler([kind], 6, 65024, 3, g)
 
 
 def test_sampler_equals_the_reference_at_the_models_own_vocabulary(isa):
     check_sampler(["peaked", "flat", "all_equal"], 4, 65024, 3, generator(2))
+
+
+def at_the_edge(shape: str) -> torch.Tensor:
+    """A row whose nucleus or top-k ends where the C++ search changes its path: [vocab_size]."""
+    match shape:
+        case "one_token":
+            return torch.zeros(1)
+        case "one_value_per_bin":  # steps of 1/64 in the exponent, so some edges are hit exactly
+            return torch.arange(2048)[torch.randperm(2048, generator=generator(1))] / -92.332483
+        case "one_bin":  # neighbouring fp32 numbers
+            return 100 + torch.randint(4, (3000,), generator=generator(2)) * 2.0**-17
+        case "last_bin":  # most of the mass in tokens far below the top one
+            return torch.full((5000,), -8.0).index_fill(0, torch.tensor(77), 0.0)
+        case "ties_over_blocks":  # of 512 tokens
+            return torch.arange(4000).remainder(3).float()
+        case "ties_at_the_end":
+            return torch.zeros(1030).index_fill(0, torch.arange(1000, 1030), 3.0)
+        case "top_at_the_last_index":
+            return torch.linspace(-20, 0, 1537)
+        case "two_values_over_masked":
+            row = torch.full((2000,), -torch.inf)
+            return row.index_fill(0, torch.tensor([5, 1999]), 1.0)
+    raise AssertionError(shape)
+
+
+# fmt: off
+EDGE_SHAPES = [
+    "one_token", "one_value_per_bin", "one_bin", "last_bin", "ties_over_blocks", "ties_at_the_end",
+    "top_at_the_last_index", "two_values_over_masked",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("shape", EDGE_SHAPES)
+def test_sampler_equals_the_reference_where_the_cut_falls_on_an_edge(isa, shape):
+    top_p = torch.cat([torch.linspace(1e-3, 1, 60), torch.tensor([1e-10, 0.5, 0.25, 1 - 2**-24])])
+    row = at_the_edge(shape)
+    for top_k in [0, 1, 2, 700, 1030, 1999]:
+        n = len(top_p)
+        settings = {
+            "temperature": torch.ones(n),
+            "top_p": top_p,
+            "top_k": torch.full((n,), top_k, dtype=torch.int32),
+            "alpha": torch.zeros(n),
+        }
+        logits = row.repeat(1, n, 1)
+        draw = (3, torch.arange(n), torch.arange(n).int())
+        check_rows(shape, logits, torch.ones(1, n), settings, *draw)
+
+
+def test_sampler_equals_the_reference_at_200000_tokens(isa):
+    check_sampler(["peaked", "plain", "flat", "all_equal", "tied"], 4, 200_000, 2, generator(6))
 
 
 def test_sampler_takes_any_stride_of_passes_and_sequences():
