@@ -180,8 +180,8 @@ def main() -> None:
                 case |= measure(engine, batch, mode, settings)
                 show(case)
                 result["cases"].append(case)
-    if settings.output:
-        settings.output.write_text(json.dumps(result, indent=1) + "\n")
+                if settings.output:  # after every case: a long run may be cut short
+                    settings.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 
