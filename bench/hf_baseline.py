@@ -175,12 +175,8 @@ class HfBaseline:
         num_new: int,
         top_p: float,
         greedy: bool = False,
-        on_token=lambda: None,
     ) -> torch.Tensor:
-        """Exactly num_new tokens per prompt: [num_seqs, num_new].
-
-        on_token: called after every token of the batch, for timing.
-        """
+        """Exactly num_new tokens per prompt: [num_seqs, num_new]."""
         if self.variant.layout == "generate":
             return self._transformers_generate(prompts, num_new, top_p, greedy)
         drawn = []
@@ -188,7 +184,6 @@ class HfBaseline:
         for step in range(num_new):
             token_ids = self._draw(logits, top_p, greedy)
             drawn.append(token_ids)
-            on_token()
             if step + 1 < num_new:
                 logits = [
                     part
