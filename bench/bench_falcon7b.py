@@ -12,117 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from checkpoints import FALCON_7B, ensure_checkpoints
 
-from steer_engine.checkpoint import (
-    EMBEDDING,
-    LM_HEAD,
-    expected_shapes,
-    iterate_linears,
-    linear_shape,
-)
-from steer_engine.config import FalconConfig
-
-FALCON_7B = {
-    "model_type": "falcon",
-    "hidden_size": 4544,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 71,
-    "vocab_size": 65024,
-    "multi_query": True,
-    "parallel_attn": True,
-    "new_decoder_architecture": False,
-    "alibi": False,
-    "bias": False,
-    "bos_token_id": 11,
-    "eos_token_id": 11,
-    "layer_norm_epsilon": 1e-5,
-    "torch_dtype": "bfloat16",
-}
-MAX_SHARD_BYTES = 2_000_000_000
-LORA_RANK = 16
 MAX_TOKENS = 4
-
-
-class RandomWeights:
-    """Slices of one random block: real generators are too slow for seven billion numbers."""
-
-    def __init__(self, num_values: int = 1 << 24):
-        torch.manual_seed(0)
-        self._block = (0.02 * torch.randn(num_values)).bfloat16()
-
-    def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
-        size = torch.Size(shape).numel()
-        start = int(torch.randint(len(self._block), ()))
-        repeats = -(-(start + size) // len(self._block))
-        return self._block.repeat(repeats)[start : start + size].view(shape).clone()
-
-
-def write_base(directory: Path, values: dict) -> None:
-    """Shards of at most 2 GB and their index."""
-    directory.mkdir(parents=True, exist_ok=True)
-    shapes = expected_shapes(FalconConfig.from_dict(values))
-    random = RandomWeights()
-    embedding = random.tensor(shapes[EMBEDDING])
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, shape in shapes.items():
-        num_bytes = 2 * torch.Size(shape).numel()
-        if size and size + num_bytes > MAX_SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += num_bytes
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            if name in (EMBEDDING, LM_HEAD):
-                tensors[name] = embedding.clone()
-            elif len(shapes[name]) == 1:
-                fill = 1.0 if name.endswith("weight") else 0.0
-                tensors[name] = torch.full(shapes[name], fill, dtype=torch.bfloat16)
-            else:
-                tensors[name] = random.tensor(shapes[name])
-            weight_map[name] = file_name
-        save_file(tensors, directory / file_name, metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(values))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def write_adapter(directory: Path, values: dict) -> None:
-    """A PEFT adapter on all four linear modules of every block."""
-    directory.mkdir(parents=True, exist_ok=True)
-    config = FalconConfig.from_dict(values)
-    tensors = {}
-    for layer, kind in iterate_linears(config):
-        out_features, in_features = linear_shape(kind, config)
-        prefix = f"base_model.model.transformer.h.{layer}.{kind.value}"
-        tensors[f"{prefix}.lora_A.weight"] = 0.02 * torch.randn(LORA_RANK, in_features)
-        tensors[f"{prefix}.lora_B.weight"] = 0.02 * torch.randn(out_features, LORA_RANK)
-    save_file(tensors, directory / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": LORA_RANK, "lora_alpha": 2 * LORA_RANK}
-    (directory / "adapter_config.json").write_text(json.dumps(settings))
-
-
-def write_tokenizer(source: Path | None, target: Path) -> None:
-    """Falcon's tokenizer where one is given (.json or .json.xz), else the embedded pair's."""
-    if source is None:
-        source = Path(__file__).parent.parent / "steer_engine/embedded/base/tokenizer.json"
-    if source.suffix == ".xz":
-        target.write_bytes(lzma.decompress(source.read_bytes()))
-    else:
-        shutil.copy(source, target)
 
 
 def peak_memory_gib() -> float:
@@ -190,15 +88,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--measure-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    base, adapter = arguments.work / "base", arguments.work / "adapter"
     if arguments.measure_only:
-        measure(base, adapter, arguments.prompts)
+        measure(arguments.work / "base", arguments.work / "adapter", arguments.prompts)
         return
     values = json.loads(arguments.config.read_text()) if arguments.config else FALCON_7B
-    if not (base / "model.safetensors.index.json").exists():
-        write_base(base, values)
-        write_adapter(adapter, values)
-        write_tokenizer(arguments.tokenizer, base / "tokenizer.json")
+    ensure_checkpoints(arguments.work, values, tokenizer=arguments.tokenizer, with_finetune=False)
     # A fresh process, so that its peak memory is the engine's alone.
     command = [sys.executable, __file__, "--work", str(arguments.work), "--measure-only"]
     subprocess.run([*command, "--prompts", str(arguments.prompts)], check=True)
