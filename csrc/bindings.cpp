@@ -378,7 +378,8 @@ void forward_op(const Tensor& model, const Tensor& layers, double eps, const Ten
 }
 
 void logits_op(const Tensor& model, double eps, const Tensor& residual, const Tensor& logit_rows,
-               std::vector<bool> is_base, const Tensor& normed, const Tensor& out) {
+               std::vector<bool> is_base, const Tensor& coefficients, const Tensor& is_low,
+               const Tensor& normed, const Tensor& out) {
   const ModelWeights& m = *struct_table<ModelWeights>(model, "model", 1);
   check_tensor(residual, "residual", {{"num_rows"}, {"hidden_size", m.hidden_size}}, {kFp32},
                Layout::kUnitStride);
@@ -388,11 +389,18 @@ void logits_op(const Tensor& model, double eps, const Tensor& residual, const Te
              "logit_rows must have 1 to 3 passes, got " + std::to_string(num_passes));
   check_that(static_cast<int64_t>(is_base.size()) == num_passes,
              "is_base must have one value per pass, got " + std::to_string(is_base.size()));
+  check_tensor(coefficients, "coefficients",
+               {{"num_rows"}, {"num_passes", num_passes}, {"num_seqs", num_seqs}}, {kFp32});
+  const int64_t num_rows = coefficients.size(0);
+  check_that(num_rows >= 1 && num_rows <= num_passes,
+             "coefficients must have 1 to num_passes rows, got " + std::to_string(num_rows));
+  check_tensor(is_low, "is_low", {{"num_rows", num_rows}, {"num_seqs", num_seqs}},
+               {ScalarType::Bool});
   check_tensor(normed, "normed",
-               {{"num_passes * num_seqs", num_passes * num_seqs}, {"hidden_size", m.hidden_size}},
+               {{"num_rows * num_seqs", num_rows * num_seqs}, {"hidden_size", m.hidden_size}},
                {kBf16, kFp32});
   check_tensor(out, "out",
-               {{"num_passes", num_passes}, {"num_seqs", num_seqs}, {"vocab_size", m.vocab_size}},
+               {{"num_rows", num_rows}, {"num_seqs", num_seqs}, {"vocab_size", m.vocab_size}},
                {kFp32});
   check_range(data<int64_t>(logit_rows), num_passes * num_seqs, 0, residual.size(0), "logit_rows");
   LogitsArgs args{
@@ -403,8 +411,11 @@ void logits_op(const Tensor& model, double eps, const Tensor& residual, const Te
       .residual_stride = residual.stride(0),
       .logit_rows = data<int64_t>(logit_rows),
       .is_base = {},
+      .coefficients = data<float>(coefficients),
+      .is_low = data<bool>(is_low),
       .normed = mutable_data<void>(normed),
       .logits = mutable_data<float>(out),
+      .num_rows = num_rows,
       .num_passes = num_passes,
       .num_seqs = num_seqs,
   };
@@ -549,7 +560,7 @@ STABLE_TORCH_LIBRARY(steer_engine, m) {
       "Tensor(b!) v_cache, Tensor(c!) residual, Tensor(d!) normed, Tensor(e!) wide) -> ()");
   m.def(
       "logits(Tensor model, float eps, Tensor residual, Tensor logit_rows, bool[] is_base, "
-      "Tensor(a!) normed, Tensor(b!) out) -> ()");
+      "Tensor coefficients, Tensor is_low, Tensor(a!) normed, Tensor(b!) out) -> ()");
   m.def(
       "guided_sample(Tensor logits, Tensor weights, Tensor inv_temperature, Tensor greedy, "
       "Tensor log_alpha, Tensor top_k, Tensor top_p_fixed, int seed, Tensor stream_ids, "

@@ -13,6 +13,7 @@ import torch
 
 from .batch import Batch
 from .guidance import PassKind
+from .head import HeadRows
 from .kv_cache import KVCache
 from .model import FalconModel, FusedLayer, SplitLayer, StackedLinear, StackedNorm
 
@@ -44,17 +45,19 @@ class CpuFalconModel(FalconModel):
         return buffers.residual
 
     def compute_logits(
-        self, residual: torch.Tensor, logit_rows: torch.Tensor, passes: list[PassKind]
+        self, residual: torch.Tensor, logit_rows: torch.Tensor, head: HeadRows
     ) -> torch.Tensor:
-        logits = self._logits_for(*logit_rows.shape)
-        normed = torch.empty(logit_rows.numel(), self.config.hidden_size, dtype=self.dtype)
+        num_rows, _, num_seqs = head.coefficients.shape
+        logits = self._logits_for(num_rows, num_seqs)
         torch.ops.steer_engine.logits(
             self._model_table,
             self.config.layer_norm_epsilon,
             residual,
             logit_rows,
-            [kind is PassKind.BASE for kind in passes],
-            normed,
+            [kind is PassKind.BASE for kind in head.passes],
+            head.coefficients,
+            head.is_low,
+            torch.empty(num_rows * num_seqs, self.config.hidden_size, dtype=self.dtype),
             logits,
         )
         return logits

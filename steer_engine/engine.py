@@ -20,6 +20,7 @@ from .dataset import SyntheticDataset, is_unicode
 from .errors import CapacityError
 from .generation import Convergence, DatasetRequest, DatasetRun
 from .guidance import Guidance, PassKind
+from .head import HeadRows
 from .kv_cache import KVCache
 from .loader import ModelLoader
 from .machine import BLOCK_SIZE, DTYPES, EngineConfig, num_cache_blocks
@@ -82,7 +83,9 @@ class Engine:
                 "max_num_seqs, or pass a LoRA adapter instead of a full fine-tune"
             ) from None
         self.scheduler = Scheduler(self.kv_cache, self.config.max_num_seqs)
-        self._sampler = sampler.Sampler(self.config.backend)
+        self._sampler = sampler.Sampler(
+            self.config.backend, folds_head=self.config.fold_head, model=self.model
+        )
 
     @classmethod
     def from_pretrained(
@@ -96,6 +99,7 @@ class Engine:
         max_num_seqs: int = 64,
         max_model_len: int | None = None,
         kv_cache_gib: float | None = None,
+        fold_head: bool = True,
     ) -> Engine:
         """Load Hugging Face checkpoint directories.
 
@@ -103,13 +107,16 @@ class Engine:
             base: directory of the model before fine-tuning.
             domain: directory of a full fine-tune or of a PEFT LoRA adapter for base; None: plain
                 decoding of base.
-            device, dtype, backend, max_num_seqs, max_model_len, kv_cache_gib: see EngineConfig.
+            device, dtype, backend, max_num_seqs, max_model_len, kv_cache_gib, fold_head: see
+                EngineConfig.
         Raises:
             CheckpointError: something does not fit; found from headers, before weights are read.
             CapacityError: memory does not suffice.
             ValueError: an argument is out of range.
         """
-        config = EngineConfig(device, dtype, backend, max_num_seqs, max_model_len, kv_cache_gib)
+        config = EngineConfig(
+            device, dtype, backend, max_num_seqs, max_model_len, kv_cache_gib, fold_head=fold_head
+        )
         return cls(ModelPair.open(base, domain), config)
 
     def generate(
@@ -327,9 +334,10 @@ class Engine:
         if not self.scheduler.running:
             return []
         rows = self.scheduler.decode_rows()
-        logits = self._logits(rows)
         running = self.scheduler.running
-        sampled = self._sampler.draw(logits, rows, running, seed=seed)
+        draw = self._sampler.prepare(rows, running)
+        logits = self._logits(rows, draw.head)
+        sampled = self._sampler.draw(logits, draw, running, seed=seed)
         rows.advance(sampled.token_ids)
         drawn = (t.tolist() for t in sampled)
         for sequence, *token in zip(running, *drawn, strict=True):
@@ -351,14 +359,14 @@ class Engine:
             self.model.forward(batch, self.kv_cache)
         self.kv_cache.copy_tails([p.allocation for s in admitted for p in s.passes])
 
-    def _logits(self, rows: DecodeRows) -> torch.Tensor:
+    def _logits(self, rows: DecodeRows, head: HeadRows) -> torch.Tensor:
         residual = self.model.forward(rows.batch, self.kv_cache)
-        return self.model.compute_logits(residual, rows.logit_rows, rows.passes)
+        return self.model.compute_logits(residual, rows.logit_rows, head)
 
     def _first_logits(
         self, sequences: list[DecodingSequence]
     ) -> Iterator[tuple[torch.Tensor, DecodeRows]]:
-        """Logits behind the prompts, in order, as many sequences at a time as fit.
+        """Each pass's logits behind the prompts, in order, as many sequences at a time as fit.
 
         While one item is handled, `scheduler.running` holds its sequences. The next item overwrites
         the logits.
@@ -368,7 +376,9 @@ class Engine:
             while self.scheduler.waiting:
                 self._prefill(self.scheduler.admit())
                 rows = self.scheduler.decode_rows()
-                yield self._logits(rows), rows
+                guidances = [s.guidance for s in self.scheduler.running]
+                head = self.model.head_rows(guidances, rows.passes, folds=False)
+                yield self._logits(rows, head), rows
                 for sequence in self.scheduler.running:
                     sequence.finish_reason = FINISH_LENGTH
                 self.scheduler.retire()

@@ -28,13 +28,15 @@ class EngineConfig:
     Attributes:
         device: "cpu", "cuda", "cuda:1" or "auto".
         dtype: "float32", "bfloat16" or "auto" (bf16 where it is fast).
-        backend: "reference", "cpu" or "auto".
+        backend: "reference", "cpu", "triton", "cuda" or "auto".
         max_num_seqs: sequences that run side by side.
         max_model_len: longest prompt plus completion, in tokens; None: the model's
             max_position_embeddings.
         kv_cache_gib: size of the KV cache; None: enough for max_num_seqs sequences of max_model_len
             with three passes, within 40 % of the free memory (90 % on a GPU).
         max_prefill_tokens: prompt tokens per forward.
+        fold_head: combine the passes in front of the LM head instead of behind it where that saves
+            rows (head.py).
     """
 
     device: str = "auto"
@@ -44,6 +46,7 @@ class EngineConfig:
     max_model_len: int | None = None
     kv_cache_gib: float | None = None
     max_prefill_tokens: int = 512
+    fold_head: bool = True
 
     def __post_init__(self):
         check_number("max_num_seqs", self.max_num_seqs, low=1, is_int=True)

@@ -17,7 +17,7 @@ An adapter's A x of the second product takes the columns of k and v, which are i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import NamedTuple
@@ -26,7 +26,8 @@ import torch
 
 from .batch import Batch
 from .config import FalconConfig
-from .guidance import PassKind
+from .guidance import Guidance, PassKind
+from .head import HeadRows, head_rows
 from .kv_cache import KVCache
 
 ROW_ALIGNMENT = 64  # numbers; rows of a buffer begin at a multiple of it
@@ -237,29 +238,50 @@ class FalconModel:
             layer.forward(buffers, self.config, num_domain, attend)
         return buffers.residual
 
+    def head_rows(
+        self, guidances: Sequence[Guidance], passes: Sequence[PassKind], *, folds: bool
+    ) -> HeadRows:
+        """See head.head_rows."""
+        return head_rows(
+            guidances,
+            passes,
+            folds=folds,
+            shares_head=self.domain_head is None,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
     def compute_logits(
-        self, residual: torch.Tensor, logit_rows: torch.Tensor, passes: list[PassKind]
+        self, residual: torch.Tensor, logit_rows: torch.Tensor, head: HeadRows
     ) -> torch.Tensor:
-        """Logits of chosen rows: [num_passes, num_seqs, vocab_size] fp32.
+        """Logits [num_rows, num_seqs, vocab_size] fp32 of the head's rows.
 
         residual: [num_tokens, hidden_size] fp32.
         logit_rows: [num_passes, num_seqs] int64, rows of residual.
-        passes: the kind of each line of logit_rows, which decides the weight set.
         """
-        logits = self._logits_for(*logit_rows.shape)
-        num_seqs = logits.shape[1]
-        rows = residual[logit_rows.flatten()]
-        normed = torch.empty_like(rows, dtype=self.dtype)
-        if self.final_norm.domain is None and self.domain_head is None:
-            self.ops.linear(self.final_norm(rows, 0, normed), self.head, logits.flatten(0, 1))
-            return logits
-        parts = zip(passes, rows.split(num_seqs), normed.split(num_seqs), logits, strict=True)
-        for kind, part, part_normed, out in parts:
-            is_base = kind is PassKind.BASE
-            self.final_norm(part, 0 if is_base else num_seqs, part_normed)
-            head = self.head if is_base else self.domain_head or self.head
-            self.ops.linear(part_normed, head, out)
+        num_rows, num_passes, num_seqs = head.coefficients.shape
+        logits = self._logits_for(num_rows, num_seqs)
+        shape = (num_passes, num_seqs, self.config.hidden_size)
+        hidden = torch.empty(shape, dtype=torch.float32, device=self.device)
+        for kind, rows, out in zip(head.passes, logit_rows, hidden, strict=True):
+            self.final_norm(residual[rows], 0 if kind is PassKind.BASE else num_seqs, out)
+        for row, kind in enumerate(head.passes[:num_rows]):
+            x = self._combine(hidden, head.coefficients[row], head.is_low[row])
+            weight = self.head if kind is PassKind.BASE else self.domain_head or self.head
+            self.ops.linear(x, weight, logits[row])
         return logits
+
+    def _combine(
+        self, hidden: torch.Tensor, coefficients: torch.Tensor, is_low: torch.Tensor
+    ) -> torch.Tensor:
+        """One row of HeadRows for all sequences: [num_seqs, hidden_size] in the model's dtype."""
+        total = torch.zeros_like(hidden[0])
+        for pass_hidden, coefficient in zip(hidden, coefficients, strict=True):
+            # A pass that a sequence does not run may hold anything.
+            term = torch.where(coefficient[:, None] == 0, 0.0, pass_hidden * coefficient[:, None])
+            total = total + term
+        rounded = total.to(self.dtype)
+        return torch.where(is_low[:, None], (total - rounded.float()).to(self.dtype), rounded)
 
     def _attend(
         self,

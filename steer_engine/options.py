@@ -96,7 +96,7 @@ OPTIONS = (
     Option("kv_cache_gib", float, None, "Size of the KV cache.", "as needed, within free memory"),
     Option("device", str, _machine.device, "auto, cpu, cuda or cuda:N."),
     Option("dtype", str, _machine.dtype, "auto, float32 or bfloat16."),
-    Option("backend", str, _machine.backend, "auto, reference or cpu."),
+    Option("backend", str, _machine.backend, "auto, reference, cpu, triton or cuda."),
     Option("progress", bool, True, "Show a progress bar."),
 )
 BY_NAME = {option.name: option for option in OPTIONS}

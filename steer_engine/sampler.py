@@ -12,7 +12,9 @@ import torch
 from . import ops
 from .batch import DecodeRows, to_tensor
 from .guidance import PassKind
+from .head import HeadRows
 from .kernels.reference import Sampled, SamplingTensors, prepare_parameters
+from .model import FalconModel
 from .sequence import DecodingSequence
 
 
@@ -46,15 +48,16 @@ class Shaping(NamedTuple):
 
 
 @dataclass
-class _Prepared:
+class Draw:
     """What stays as it is, or counts up, while the same sequences run.
 
     rows: the decode rows that it belongs to.
+    head: the rows of the LM head, and their weights.
     steps: [num_seqs] int32, counted up with each draw.
     """
 
     rows: DecodeRows
-    weights: torch.Tensor
+    head: HeadRows
     parameters: SamplingTensors
     stream_ids: torch.Tensor
     steps: torch.Tensor
@@ -63,52 +66,44 @@ class _Prepared:
 class Sampler:
     """Draws the next tokens of running sequences; keeps their parameters between steps."""
 
-    def __init__(self, backend: str):
+    def __init__(self, backend: str, *, folds_head: bool, model: FalconModel):
         """backend: resolved, so that no step asks again what is available."""
         self._draw = ops.implementation(backend).draw
-        self._prepared: _Prepared | None = None
+        self._folds_head, self._model = folds_head, model
+        self._prepared: Draw | None = None
+
+    def prepare(self, rows: DecodeRows, running: Sequence[DecodingSequence]) -> Draw:
+        """rows: of the running sequences; while it is the same object, so are they."""
+        if self._prepared is None or self._prepared.rows is not rows:
+            model, device = self._model, self._model.device
+            shaping = Shaping.of(running, rows.passes, device)
+            self._prepared = Draw(
+                rows,
+                model.head_rows([s.guidance for s in running], rows.passes, folds=self._folds_head),
+                prepare_parameters(*shaping[1:], model.config.vocab_size),
+                to_tensor([s.stream_id for s in running], np.int64, device),
+                to_tensor([s.step for s in running], np.int32, device),
+            )
+        return self._prepared
 
     def draw(
-        self,
-        logits: torch.Tensor,
-        rows: DecodeRows,
-        running: Sequence[DecodingSequence],
-        *,
-        seed: int,
+        self, logits: torch.Tensor, draw: Draw, running: Sequence[DecodingSequence], *, seed: int
     ) -> Sampled:
         """Draw one token per sequence.
 
-        logits: [num_passes, num_seqs, vocab_size] fp32, changed in place.
-        rows: of the running sequences; while it is the same object, so are they.
+        logits: [num_rows, num_seqs, vocab_size] fp32 of draw.head's rows, changed in place.
         """
-        if self._prepared is None or self._prepared.rows is not rows:
-            self._prepared = self._prepare(logits, rows, running)
-        prepared = self._prepared
-        ban_endings(logits, prepared.weights, running)
+        ban_endings(logits, draw.head.weights, running)
         sampled = self._draw(
             logits,
-            prepared.weights,
-            prepared.parameters,
+            draw.head.weights,
+            draw.parameters,
             seed=seed,
-            stream_ids=prepared.stream_ids,
-            steps=prepared.steps,
+            stream_ids=draw.stream_ids,
+            steps=draw.steps,
         )
-        prepared.steps.add_(1)
+        draw.steps.add_(1)
         return sampled
-
-    @staticmethod
-    def _prepare(
-        logits: torch.Tensor, rows: DecodeRows, running: Sequence[DecodingSequence]
-    ) -> _Prepared:
-        device, vocab_size = logits.device, logits.shape[2]
-        weights, *shaping = Shaping.of(running, rows.passes, device)
-        return _Prepared(
-            rows,
-            weights,
-            prepare_parameters(*shaping, vocab_size),
-            to_tensor([s.stream_id for s in running], np.int64, device),
-            to_tensor([s.step for s in running], np.int32, device),
-        )
 
 
 def next_token_probs(

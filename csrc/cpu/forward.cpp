@@ -5,6 +5,7 @@
 
 #include "cpu/bf16.h"
 #include "cpu/dispatch.h"
+#include "cpu/scratch.h"
 
 namespace steer {
 
@@ -250,6 +251,48 @@ class ForwardPass {
   int64_t head_dim_;
 };
 
+// The final norm of one pass of one sequence, in fp32.
+void final_norm(const LogitsArgs& a, int64_t pass, int64_t seq, float* out) {
+  const StackedNorm& norm = a.model->final_norm;
+  const bool uses_domain = norm.domain_weight && !a.is_base[pass];
+  const int64_t hidden_size = a.model->hidden_size;
+  const LayerNormArgs args{
+      .x = a.residual + a.logit_rows[pass * a.num_seqs + seq] * a.residual_stride,
+      .x_row_stride = hidden_size,
+      .weight = uses_domain ? norm.domain_weight : norm.weight,
+      .bias = uses_domain ? norm.domain_bias : norm.bias,
+      .out = out,
+      .out_row_stride = hidden_size,
+      .num_rows = 1,
+      .hidden_size = hidden_size,
+      .eps = a.eps,
+      .out_is_bf16 = false,
+  };
+  kernels().layer_norm(args, 0, 1);
+}
+
+// One row of the head's input. T is its type.
+template <class T>
+void combine_row(const LogitsArgs& a, int64_t row) {
+  const int64_t hidden_size = a.model->hidden_size, seq = row % a.num_seqs;
+  Scratch scratch(2 * (hidden_size * sizeof(float) + 64));
+  float* total = scratch.take<float>(hidden_size);
+  float* hidden = scratch.take<float>(hidden_size);
+  std::fill_n(total, hidden_size, 0.0f);
+  for (int64_t pass = 0; pass < a.num_passes; ++pass) {
+    const int64_t place = (row / a.num_seqs * a.num_passes + pass) * a.num_seqs + seq;
+    const float coefficient = a.coefficients[place];
+    if (coefficient == 0.0f) continue;  // not run, or not part of this row
+    final_norm(a, pass, seq, hidden);
+    for (int64_t i = 0; i < hidden_size; ++i) total[i] += hidden[i] * coefficient;
+  }
+  T* out = static_cast<T*>(a.normed) + row * hidden_size;
+  for (int64_t i = 0; i < hidden_size; ++i) {
+    assign(out[i], total[i]);
+    if (a.is_low[row]) assign(out[i], total[i] - to_float(out[i]));
+  }
+}
+
 // The head's product for the passes of one weight set. A panel of the head is used for all of them
 // while it lies in cache.
 struct HeadProduct {
@@ -269,24 +312,9 @@ void forward(const ForwardArgs& args, Team& team) { ForwardPass(args, team).run(
 
 void logits(const LogitsArgs& a, Team& team) {
   const ModelWeights& m = *a.model;
-  const bool has_two = m.domain_head || m.final_norm.domain_weight;
-  const auto is_domain = [&](int64_t pass) { return has_two && !a.is_base[pass]; };
-  team.stage(a.num_passes * a.num_seqs, [&](int64_t begin, int64_t end) {
+  team.stage(a.num_rows * a.num_seqs, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const bool uses_domain = is_domain(row / a.num_seqs) && m.final_norm.domain_weight;
-      const LayerNormArgs args{
-          .x = a.residual + a.logit_rows[row] * a.residual_stride,
-          .x_row_stride = m.hidden_size,
-          .weight = uses_domain ? m.final_norm.domain_weight : m.final_norm.weight,
-          .bias = uses_domain ? m.final_norm.domain_bias : m.final_norm.bias,
-          .out = static_cast<char*>(a.normed) + row * m.hidden_size * (a.is_bf16 ? 2 : 4),
-          .out_row_stride = m.hidden_size,
-          .num_rows = 1,
-          .hidden_size = m.hidden_size,
-          .eps = a.eps,
-          .out_is_bf16 = a.is_bf16,
-      };
-      kernels().layer_norm(args, 0, 1);
+      a.is_bf16 ? combine_row<bf16>(a, row) : combine_row<float>(a, row);
     }
   });
 
@@ -297,9 +325,9 @@ void logits(const LogitsArgs& a, Team& team) {
   };
   HeadProduct base, domain;
   if (!m.domain_head) {
-    base.passes[base.num_passes++] = args_of(m.head, 0, a.num_passes * a.num_seqs);
+    base.passes[base.num_passes++] = args_of(m.head, 0, a.num_rows * a.num_seqs);
   } else {
-    for (int64_t pass = 0; pass < a.num_passes; ++pass) {
+    for (int64_t pass = 0; pass < a.num_rows; ++pass) {
       HeadProduct& product = a.is_base[pass] ? base : domain;
       const void* head = a.is_base[pass] ? m.head : m.domain_head;
       product.passes[product.num_passes++] = args_of(head, pass * a.num_seqs, a.num_seqs);

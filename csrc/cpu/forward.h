@@ -65,6 +65,8 @@ struct ForwardArgs {
 // Every member of the team calls it.
 void forward(const ForwardArgs& args, Team& team);
 
+// Row (i, s) of the head is the head of sum over passes of coefficient * final norm, or what bf16
+// loses of that sum where is_low is set; see HeadRows in steer_engine/head.py.
 struct LogitsArgs {
   const ModelWeights* model;
   float eps;
@@ -72,13 +74,15 @@ struct LogitsArgs {
   const float* residual;
   int64_t residual_stride;
   const int64_t* logit_rows;  // [num_passes, num_seqs], rows of residual
-  bool is_base[3];            // which weight set each pass uses
-  void* normed;               // [num_passes * num_seqs, hidden_size], scratch
-  float* logits;              // [num_passes, num_seqs, vocab_size]
-  int64_t num_passes, num_seqs;
+  bool is_base[3];            // per pass: which weight set; row i uses the head of pass i
+  const float* coefficients;  // [num_rows, num_passes, num_seqs]
+  const bool* is_low;         // [num_rows, num_seqs]
+  void* normed;               // [num_rows * num_seqs, hidden_size], scratch
+  float* logits;              // [num_rows, num_seqs, vocab_size]
+  int64_t num_rows, num_passes, num_seqs;
 };
 
-// The final norm and the head for chosen rows. Every member of the team calls it.
+// The final norm, the combination and the head. Every member of the team calls it.
 void logits(const LogitsArgs& args, Team& team);
 
 }  // namespace steer
