@@ -69,8 +69,8 @@ void run_tasks(int64_t num_tasks, const Args& args, void (*kernel)(const Args&, 
 
 // Runs body(team) on every thread of Torch's pool at once.
 template <class Body>
-void run_team(const Body& body) {
-  TeamState state;
+void run_team(int64_t num_stages, const Body& body) {
+  TeamState state(num_stages);
   const int64_t size = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, size, 1, [&](int64_t begin, int64_t end) {
     Team team(state, begin, end, size);
@@ -374,7 +374,7 @@ void forward_op(const Tensor& model, const Tensor& layers, double eps, const Ten
       .wide_stride = wide.stride(0),
   };
   check_forward_indices(args, block_tables.size(0), cos ? cos->size(0) : 0);
-  run_team([&](Team& team) { forward(args, team); });
+  run_team(forward_stages(m.num_layers), [&](Team& team) { forward(args, team); });
 }
 
 void logits_op(const Tensor& model, double eps, const Tensor& residual, const Tensor& logit_rows,
@@ -420,7 +420,7 @@ void logits_op(const Tensor& model, double eps, const Tensor& residual, const Te
       .num_seqs = num_seqs,
   };
   std::copy(is_base.begin(), is_base.end(), args.is_base);
-  run_team([&](Team& team) { logits(args, team); });
+  run_team(kLogitsStages, [&](Team& team) { logits(args, team); });
 }
 
 GuidedSampleArgs guided_sample_args(const Tensor& logits, const Tensor& weights,

@@ -62,6 +62,10 @@ struct ForwardArgs {
   int64_t residual_stride, normed_stride, wide_stride;
 };
 
+// At most so many stages: a split layer has two norms and four products with an adapter each, and
+// attention has two.
+constexpr int64_t forward_stages(int64_t num_layers) { return 1 + 12 * num_layers; }
+
 // Every member of the team calls it.
 void forward(const ForwardArgs& args, Team& team);
 
@@ -81,6 +85,8 @@ struct LogitsArgs {
   float* logits;              // [num_rows, num_seqs, vocab_size]
   int64_t num_rows, num_passes, num_seqs;
 };
+
+constexpr int64_t kLogitsStages = 2;
 
 // The final norm, the combination and the head. Every member of the team calls it.
 void logits(const LogitsArgs& args, Team& team);
