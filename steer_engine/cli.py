@@ -26,7 +26,7 @@ from . import embedded, ops
 from .dataset import SyntheticDataset
 from .engine import Engine
 from .errors import SteerError
-from .machine import available_bytes, has_fast_bf16
+from .machine import available_bytes, has_fast_bf16, max_cache_bytes
 from .options import (
     OPTIONS,
     build_guidance,
@@ -150,6 +150,7 @@ def generate(
     engine = Engine.from_pretrained(
         values["base"], values["domain"], **{name: values[name] for name in machine}
     )
+    err.print(f"memory: {engine.memory_plan.describe()}", markup=False)
     dataset = _run(engine, request)
     _print_summary(dataset, Path(values["output"]))
 
@@ -194,6 +195,7 @@ def demo(
     err.print(f"guidance: {request['guidance'].describe()}", markup=False)
     check_output(output, resume=True)
     engine = embedded.load_pair()
+    err.print(f"memory: {engine.memory_plan.describe()}", markup=False)
     dataset = _run(engine, request)
     out.print()
     _print_comparison(engine, dataset, request)
@@ -255,6 +257,7 @@ def info() -> None:
     table.add_row("device", f"{device} {name}".strip())
     table.add_row("threads", str(torch.get_num_threads()))
     table.add_row("free memory", f"{available_bytes(device) / 2**30:.1f} GiB")
+    table.add_row("KV cache at most", f"{max_cache_bytes(device) / 2**30:.1f} GiB of it")
     table.add_row("fast bf16", "yes" if has_fast_bf16(device) else "no")
     for backend in ops.BACKENDS:
         reason = ops.unavailable_reason(backend)

@@ -23,7 +23,15 @@ from .guidance import Guidance, PassKind
 from .head import HeadRows
 from .kv_cache import KVCache
 from .loader import ModelLoader
-from .machine import BLOCK_SIZE, DTYPES, EngineConfig, num_cache_blocks
+from .machine import (
+    BLOCK_SIZE,
+    DTYPES,
+    EngineConfig,
+    MemoryPlan,
+    blocks_wanted,
+    naming_settings,
+    num_cache_blocks,
+)
 from .negatives import NegativePrompts
 from .pair import ModelPair
 from .sampling import SamplingParams
@@ -69,19 +77,14 @@ class Engine:
         self._pair = pair
         device, dtype = torch.device(self.config.device), DTYPES[self.config.dtype]
         loader = ModelLoader(pair.base, pair.domain, self.config.backend, dtype, device)
-        try:
+        with naming_settings(
+            f"loading on {device}",
+            "set a smaller dtype, kv_cache_gib or max_num_seqs, or pass a LoRA adapter instead of "
+            "a full fine-tune",
+        ):
             self.model = loader.load(self.config.max_model_len)
             num_blocks = num_cache_blocks(self.config, self.model_config)
             self.kv_cache = KVCache(self.model_config, num_blocks, BLOCK_SIZE, dtype, device)
-        except (MemoryError, RuntimeError) as error:
-            # The CPU allocator raises a plain RuntimeError; the GPU's has a class of its own.
-            is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not is_out_of_memory and "can't allocate memory" not in str(error):
-                raise
-            raise CapacityError(
-                f"out of memory while loading on {device}: set a smaller dtype, kv_cache_gib or "
-                "max_num_seqs, or pass a LoRA adapter instead of a full fine-tune"
-            ) from None
         self.scheduler = Scheduler(self.kv_cache, self.config.max_num_seqs)
         self._sampler = sampler.Sampler(
             self.config.backend, folds_head=self.config.fold_head, model=self.model
@@ -327,10 +330,22 @@ class Engine:
             raise ValueError(f"{name} is empty, and the model has no beginning-of-text token")
         return [start]
 
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        """What weights and cache take."""
+        cache = self.kv_cache
+        return MemoryPlan(
+            weight_bytes=self.model.num_bytes,
+            cache_bytes=cache.k.nbytes + cache.v.nbytes,
+            num_blocks=cache.num_blocks,
+            num_wanted=blocks_wanted(self.config),
+        )
+
     def step(self, seed: int) -> list[DecodingSequence]:
         """Draw one token for every running sequence; returns those that ended."""
         admitted = self.scheduler.admit()
-        self._prefill(admitted)
+        with naming_settings("running a prompt", "set a smaller kv_cache_gib or max_num_seqs"):
+            self._prefill(admitted)
         if not self.scheduler.running:
             return []
         rows = self.scheduler.decode_rows()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +20,6 @@ BLOCK_SIZE = 64  # tokens per block of the KV cache
 CPU_CACHE_SHARE = 0.4  # of the memory that is available once the weights are loaded
 CUDA_CACHE_SHARE = 0.9
 CGROUP = Path("/sys/fs/cgroup")
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,60 @@ def has_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+class MemoryPlan(NamedTuple):
+    """What an engine holds, in bytes, and what its KV cache is good for.
+
+    weight_bytes: all weights, packed.
+    cache_bytes: of num_blocks blocks of BLOCK_SIZE tokens.
+    num_wanted: blocks with which max_num_seqs sequences of max_model_len run with three passes;
+        with fewer, sequences wait for each other.
+    """
+
+    weight_bytes: int
+    cache_bytes: int
+    num_blocks: int
+    num_wanted: int
+
+    def describe(self) -> str:
+        """One line for people."""
+        blocks = f"{self.num_blocks} blocks of {BLOCK_SIZE} tokens"
+        if self.num_blocks < self.num_wanted:
+            blocks += f" of {self.num_wanted} that full batches of the longest sequences need"
+        return (
+            f"weights {self.weight_bytes / 2**30:.2f} GiB, "
+            f"KV cache {self.cache_bytes / 2**30:.2f} GiB ({blocks})"
+        )
+
+
+def blocks_wanted(config: EngineConfig) -> int:
+    """See MemoryPlan.num_wanted. config: resolved."""
+    blocks_per_pass = -(-config.max_model_len // BLOCK_SIZE)
+    return config.max_num_seqs * len(PassKind) * blocks_per_pass
+
+
+def max_cache_bytes(device: torch.device) -> int:
+    """The KV cache's share of the memory that is free now."""
+    share = CUDA_CACHE_SHARE if device.type == "cuda" else CPU_CACHE_SHARE
+    return int(available_bytes(device) * share)
+
+
+@contextlib.contextmanager
+def naming_settings(doing: str, remedy: str) -> Iterator[None]:
+    """Turn running out of memory into a CapacityError.
+
+    doing: what was being done.
+    remedy: the settings to change.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # The CPU allocator raises a plain RuntimeError; the GPU's has a class of its own.
+        is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_out_of_memory and "can't allocate memory" not in str(error):
+            raise
+        raise CapacityError(f"out of memory while {doing}: {remedy}") from None
+
+
 def num_cache_blocks(config: EngineConfig, model: FalconConfig) -> int:
     """Blocks of the KV cache: kv_cache_gib, else as many as can be used within free memory.
 
@@ -116,17 +171,12 @@ def num_cache_blocks(config: EngineConfig, model: FalconConfig) -> int:
     if config.kv_cache_gib is not None:
         num_blocks = int(config.kv_cache_gib * 2**30) // block_bytes
     else:
-        share = CUDA_CACHE_SHARE if device.type == "cuda" else CPU_CACHE_SHARE
-        affordable = int(available_bytes(device) * share) // block_bytes
-        blocks_per_pass = -(-config.max_model_len // BLOCK_SIZE)
-        num_blocks = min(config.max_num_seqs * len(PassKind) * blocks_per_pass, affordable)
+        num_blocks = min(blocks_wanted(config), max_cache_bytes(device) // block_bytes)
     if num_blocks < 1:
         raise CapacityError(
             f"the KV cache holds no block of {BLOCK_SIZE} tokens ({block_bytes / 2**20:.1f} MiB): "
             "raise kv_cache_gib or free memory"
         )
-    size_gib = num_blocks * block_bytes / 2**30
-    logger.info("KV cache: %d blocks of %d tokens, %.2f GiB", num_blocks, BLOCK_SIZE, size_gib)
     return num_blocks
 
 

@@ -238,6 +238,14 @@ class FalconModel:
             layer.forward(buffers, self.config, num_domain, attend)
         return buffers.residual
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights; a tied head counts once."""
+        packed = [self.embedding, self.head, self.domain_embedding, self.domain_head]
+        for product in self._all_products():
+            packed += [product.weight, product.domain_weight, product.lora_a]
+        return sum({w.data.data_ptr(): w.data.nbytes for w in packed if w is not None}.values())
+
     def head_rows(
         self, guidances: Sequence[Guidance], passes: Sequence[PassKind], *, folds: bool
     ) -> HeadRows:
