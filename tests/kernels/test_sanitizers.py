@@ -3,8 +3,8 @@ them, and test_cpu_ops.py runs on that library, every op at every instruction se
 
 Unoptimised, because the optimiser needs a minute more to compile checks than it saves running
 them; the model's own sizes and rows beside other rows are left to test_cpu_ops.py itself. 24 s to
-build and 20 s to run, of one core. With `out[in_features] = 0` planted in layer_norm, or an int
-that overflows in pack_weight, this test fails and prints the sanitizer's report.
+build and 20 s to run, of one core. With `out[size] = out[0]` planted behind layer_norm's loop, or an
+int that overflows in pack_weight, this test fails and prints the sanitizer's report.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def test_no_op_reads_or_writes_out_of_bounds_or_has_undefined_behaviour(tmp_path
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     }
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    # -s: a report that pytest has captured is lost when the process stops.
+    pytest_command = [sys.executable, "-m", "pytest", "-s", "-q", "-x", "-p", "no:cacheprovider"]
     output = run(
         [*pytest_command, "-o", "timeout=600", "-k", SELECTION, "test_cpu_ops.py"],
         cwd=Path(__file__).parent,
