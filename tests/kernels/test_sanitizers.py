@@ -3,8 +3,8 @@ them, and test_cpu_ops.py runs on that library, every op at every instruction se
 
 Unoptimised, because the optimiser needs a minute more to compile checks than it saves running
 them; the model's own sizes and rows beside other rows are left to test_cpu_ops.py itself. 24 s to
-build and 20 s to run, of one core. With `out[size] = out[0]` planted behind layer_norm's loop, or an
-int that overflows in pack_weight, this test fails and prints the sanitizer's report.
+build and 20 s to run, of one core. With `out[size] = out[0]` planted behind the loop of layer_norm,
+or an int that overflows in pack_weight, this test fails and prints the report.
 """
 
 from __future__ import annotations
