@@ -57,6 +57,7 @@ def prepare() -> None:
     torch.set_num_threads(1)
     np.seterr(all="ignore")  # inf - inf and the like are part of the tests
     patch_once()
+    add_dots_in_order()
     remember_types()
 
 
@@ -96,6 +97,17 @@ def patch_once() -> None:
         patch_lang_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    # triton 3.6.0 writes int(array of one element), which numpy 2.4 refuses; so no kernel could
+    # have `range(scalar)`. Goes with the first triton that works without it.
+    interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang = patch_lang_once
+    interpreter._patch_attr = patch_attr  # without a new dict for every call
+
+
+def add_dots_in_order() -> None:
+    import numpy as np
+    from triton.runtime import interpreter
+
     create_dot = interpreter.InterpreterBuilder.create_dot
 
     def create_dot_in_order(self, a, b, total, *options):
@@ -108,11 +120,6 @@ def patch_once() -> None:
         return interpreter.TensorHandle(sums, total.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot_in_order
-    # triton 3.6.0 writes int(array of one element), which numpy 2.4 refuses; so no kernel could
-    # have `range(scalar)`. Goes with the first triton that works without it.
-    interpreter._patch_lang_tensor = patch_tensor
-    interpreter._patch_lang = patch_lang_once
-    interpreter._patch_attr = patch_attr  # without a new dict for every call
 
 
 def remember_types() -> None:
