@@ -1,0 +1,220 @@
+"""bench/gpu_check.py without a GPU: its checks at small sizes on the CPU, for the reference and in
+Triton's interpreter, and its report, so that the script cannot rot until the next GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests/kernels")]
+import gpu_check  # noqa: E402
+import gpu_ops  # noqa: E402
+import gpu_sampler  # noqa: E402
+import gpu_step  # noqa: E402
+import gpu_times  # noqa: E402
+from gpu_report import NotThereError, Report  # noqa: E402
+from triton_interpreter import interpreted  # noqa: E402
+
+from steer_engine.config import FalconConfig  # noqa: E402
+
+CPU = torch.device("cpu")
+TINY_FALCON = {
+    "model_type": "falcon",
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "vocab_size": 97,
+    "multi_query": True,
+    "parallel_attn": True,
+    "new_decoder_architecture": False,
+    "alibi": False,
+    "bias": False,
+}
+
+
+@pytest.fixture
+def report(tmp_path) -> Report:
+    return Report(tmp_path / "gpu_test.json", CPU)
+
+
+def outcomes(report: Report) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for check in json.loads(report.path.read_text())["checks"]:
+        counts[check["outcome"]] = counts.get(check["outcome"], 0) + 1
+    return counts
+
+
+def test_all_sampler_checks_pass_for_the_reference(report):
+    gpu_check.check_bits(report, CPU, (1, 2, 97), [1, 2, 9], ["reference"])
+    gpu_check.check_graphs(report, CPU, (97,), ["reference"], num_seqs=16)
+    assert outcomes(report) == {"passed": 15}, report.content["checks"]
+
+
+def test_frequencies_are_those_of_the_masses():
+    logits = gpu_sampler.small_row()
+    detail = gpu_sampler.check_frequencies("reference", CPU, logits, num_seqs=500, num_steps=8)
+    assert detail.startswith("4000 draws of 50")
+
+
+def test_a_wrong_token_a_frozen_step_and_wrong_frequencies_are_noticed(monkeypatch):
+    case = gpu_sampler.mixed_case(8, 97)
+    expected = gpu_sampler.expect(case)
+    expected[0][5] = (expected[0][5] + 1) % 97
+    with pytest.raises(AssertionError, match=r"token_ids of 1 of 8 rows.*first row 5"):
+        gpu_sampler.check_bitwise("reference", CPU, case, expected, [8])
+
+    prepare = gpu_sampler.prepare
+
+    def prepare_frozen(*arguments):
+        """As a graph that has captured the step as a number."""
+        prepared = prepare(*arguments)
+        return prepared._replace(steps=prepared.steps.clone())
+
+    monkeypatch.setattr(gpu_sampler, "prepare", prepare_frozen)
+    with pytest.raises(AssertionError, match="20 replays drew 1 tokens"):
+        gpu_sampler.check_graph("reference", CPU, 97)
+    with pytest.raises(AssertionError, match="chi-square"):
+        gpu_sampler.check_frequencies("reference", CPU, gpu_sampler.small_row(), 100, 20)
+
+
+def test_all_checks_of_ops_pass_for_the_reference():
+    batches = (1, 2, 5, 17)
+    gpu_ops.check_layer_norm("reference", CPU, 100, batches)
+    gpu_ops.check_linear("reference", CPU, 65, 33, batches, gelu_columns=20)
+    gpu_ops.check_linear(
+        "reference", CPU, 65, 33, batches, accumulate=True, out_dtype=torch.float32
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        # No batches: the bits of the reference's products may depend on where a row lies.
+        call = ("reference", CPU, "grouped", dtype, (1, 7, 8, 30))
+        gpu_ops.check_mqa_decode(*call)
+        gpu_ops.check_paged_attention(*call)
+
+
+def test_rows_that_depend_on_their_batch_are_noticed():
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        return rows[:, None] + (len(rows) == 3)
+
+    with pytest.raises(AssertionError, match=r"rows \[0, 1, 2\] differ in a batch of 3"):
+        gpu_ops.check_rows(run, (1, 3, 8), CPU, "op")
+
+
+@interpreted
+def test_the_checks_pass_for_triton_in_the_interpreter():
+    case = gpu_sampler.mixed_case(16, 97)
+    expected = gpu_sampler.expect(case)
+    gpu_sampler.check_bitwise("triton", CPU, case.rows(slice(0, 2)), expected_rows(expected), [2])
+    gpu_sampler.check_slots("triton", CPU, case.rows(slice(0, 2)), expected_rows(expected))
+    gpu_sampler.check_graph("triton", CPU, 97, num_replays=3)
+    gpu_ops.check_layer_norm("triton", CPU, 100, (1, 3))
+    gpu_ops.check_linear("triton", CPU, 65, 33, (1, 3), gelu_columns=20)
+    gpu_ops.check_mqa_decode("triton", CPU, "grouped", torch.float32, (1, 8), (1,))
+    gpu_ops.check_paged_attention("triton", CPU, "grouped", torch.float32, (1, 8), (1,))
+
+
+def expected_rows(expected: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [output[:2] for output in expected]
+
+
+@torch.inference_mode()
+def test_a_step_of_the_models_shape_draws_and_advances():
+    config = FalconConfig.from_dict(TINY_FALCON)
+    model = gpu_step.make_model(config, CPU, torch.float32, "reference")
+    step = gpu_step.Step(model, num_seqs=2, seq_len=70, backend="reference")
+    step.cache.k.normal_(generator=torch.Generator().manual_seed(0))
+    first = [step().tolist() for _ in range(4)]
+    assert step.rows.batch.seq_lens.tolist() == [74] * 6
+    step.reset()
+    step.rows.batch.input_ids.copy_(torch.arange(6))
+    assert len({tuple(tokens) for tokens in first}) > 1
+    assert all(0 <= token < 97 for tokens in first for token in tokens)
+    ceilings = gpu_times.Ceilings(1e12, 1e15)
+    assert 0 < gpu_step.floor_us(config, 2, 70, ceilings) < 100
+
+
+def test_falcon_7b_counts_as_many_weights_as_the_specification_says():
+    from bench_falcon7b import FALCON_7B
+
+    body, head = gpu_step.count_weights(FalconConfig.from_dict(FALCON_7B))
+    assert round(body / 1e9, 3) == 6.626 and round(head / 1e6, 1) == 295.5
+
+
+def test_times_go_to_the_report_with_their_floors(report, monkeypatch):
+    """Every call that would be timed runs once, on the CPU and at sizes of a few rows."""
+
+    def run_once(calls, use_graph=True):
+        for call in calls:
+            call()
+        return gpu_times.Times(2.0, 1.0, 3.0)
+
+    small = {
+        "time_replays": run_once,
+        "ROTATED_BYTES": 1,
+        "SAMPLER_BATCHES": (1,),
+        "VOCAB_SIZE": 97,
+        "HIDDEN": 48,
+        "LINEARS": {
+            "up_qkv": (48, 60, 40, False, torch.bfloat16),
+            "head": (48, 97, 0, True, torch.float32),
+        },
+        "LINEAR_ROWS": (3,),
+        "ATTENTION_SIZES": ((2, 70),),
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(gpu_times, name, value)
+    ceilings = gpu_times.Ceilings(1e12, 1e15)
+    for function in (
+        gpu_times.time_sampler,
+        gpu_times.time_layer_norm,
+        gpu_times.time_linear,
+        gpu_times.time_attention,
+    ):
+        function(report, CPU, ceilings)
+    content = json.loads(report.path.read_text())
+    assert content["checks"] == [], content["checks"]
+    times = {(entry["op"], entry["implementation"]) for entry in content["times"]}
+    assert times == {
+        ("guided_sample", "torch sort chain"),
+        ("layer_norm", "torch"),
+        ("linear", "cuBLAS + epilogue"),
+        ("mqa_decode", "torch SDPA, no pages"),
+    }
+    assert all(entry["share_of_floor"] >= 0 for entry in content["times"])
+
+
+def test_the_report_notes_failures_and_what_is_not_there_and_goes_on(report):
+    def fail() -> None:
+        raise ValueError("broken")
+
+    def lack() -> None:
+        raise NotThereError("no such GPU")
+
+    report.check("good", lambda: "detail")
+    report.check("bad", fail)
+    report.check("absent", lack)
+    report.check("triton", gpu_sampler.check_graph, "cuda", CPU, 97)
+    assert outcomes(report) == {"passed": 1, "failed": 1, "not there": 2}
+    assert report.num_failed == 1
+    checks = json.loads(report.path.read_text())["checks"]
+    assert "ValueError at test_gpu_check.py:" in checks[1]["detail"]
+
+
+def test_what_would_begin_after_the_deadline_is_skipped(tmp_path):
+    report = Report(tmp_path / "gpu_late.json", CPU, deadline_s=-1)
+    report.check("late", pytest.fail, "must not run")
+    assert outcomes(report) == {"skipped": 1}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_script_says_so_in_one_line_and_exits_with_2():
+    command = [sys.executable, ROOT / "bench/gpu_check.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout.count("\n") == 1 and not done.stderr
+    assert "no CUDA GPU" in done.stdout
