@@ -218,3 +218,18 @@ def test_without_a_gpu_the_script_says_so_in_one_line_and_exits_with_2():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout.count("\n") == 1 and not done.stderr
     assert "no CUDA GPU" in done.stdout
+
+
+def test_the_script_finds_the_package_in_a_checkout_that_is_not_installed():
+    program = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
+        f"sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}] + [{str(ROOT / 'bench')!r}]; "
+        "import gpu_check; gpu_check.make_importable(); "
+        "from steer_engine.kernels import reference; from steer_engine import ops; "
+        "print(reference.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT / "bench"
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == ROOT / "kernels/reference/__init__.py"
