@@ -220,7 +220,8 @@ def measure(report, device: torch.device, parts) -> None:
         backend = "triton"
         model = gpu_step.make_model(config, device, torch.bfloat16, backend)
         for num_seqs in (1, 8, 64, 256):
-            gpu_step.time_step(report, model, num_seqs, 200, ceilings, backend)
+            for folds in (True, False):
+                gpu_step.time_step(report, model, num_seqs, 200, ceilings, backend, folds=folds)
 
     run("sampler", gpu_times.time_sampler, device, ceilings)
     run("step", time_steps)

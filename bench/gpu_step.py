@@ -7,6 +7,7 @@ advances tokens and positions on the device, as the engine's own does.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from steer_engine import ops
 from steer_engine.batch import Batch, DecodeRows
 from steer_engine.checkpoint import ModuleKind, linear_shape
 from steer_engine.config import FalconConfig
-from steer_engine.guidance import PassKind
+from steer_engine.guidance import Guidance, PassKind
 from steer_engine.kv_cache import KVCache
 from steer_engine.loader import ModelLoader
 from steer_engine.lora import LoraAdapter, LoraWeights
@@ -75,9 +76,14 @@ class RandomAdapter(LoraAdapter):
 
 
 class Step:
-    """One decode step of num_seqs sequences of seq_len tokens, three passes each."""
+    """One decode step of num_seqs sequences of seq_len tokens, three passes each.
 
-    def __init__(self, model: FalconModel, num_seqs: int, seq_len: int, backend: str):
+    folds: combine the passes in front of the head, see steer_engine/head.py.
+    """
+
+    def __init__(
+        self, model: FalconModel, num_seqs: int, seq_len: int, backend: str, *, folds: bool
+    ):
         device, config = model.device, model.config
         num_rows = 3 * num_seqs
         per_row = -(-(seq_len + 64) // BLOCK_SIZE)  # room for the steps that are timed
@@ -99,9 +105,10 @@ class Step:
         # Rows lie [domain | negative | base], logits in the order of PassKind.
         logit_rows = rows.view(3, num_seqs)[[0, 2, 1]].contiguous()
         self.rows = DecodeRows(batch, logit_rows, list(PassKind), rows % num_seqs)
-        case = plain_case(torch.zeros(3, config.vocab_size), num_seqs, top_p=0.9).to(device)
-        weights = torch.tensor([1.2, -0.2, -0.2], device=device)[:, None]
-        self.case = case._replace(weights=weights.repeat(1, num_seqs))
+        guidances = [Guidance(1.2, -0.2, -0.2)] * num_seqs
+        self.head = model.head_rows(guidances, self.rows.passes, folds=folds)
+        case = plain_case(torch.zeros(1, config.vocab_size), num_seqs, top_p=0.9)
+        self.case = case.to(device)._replace(weights=self.head.weights)
         self._first_len = seq_len
 
     def reset(self) -> None:
@@ -111,7 +118,7 @@ class Step:
     def __call__(self) -> torch.Tensor:
         case, rows = self.case, self.rows
         residual = self.model.forward(rows.batch, self.cache)
-        logits = self.model.compute_logits(residual, rows.logit_rows, rows.passes)
+        logits = self.model.compute_logits(residual, rows.logit_rows, self.head)
         sampled = ops.implementation(self.backend).draw(
             logits, case.weights, case.parameters, seed=SEED, stream_ids=case.stream_ids,
             steps=case.steps,
@@ -169,23 +176,22 @@ def check_no_syncs(step: Step, num_steps: int = 8) -> str:
 @torch.inference_mode()
 def check_graph_of_step(step: Step, num_steps: int = 8) -> str:
     """Replays of the captured step draw what single steps draw."""
-    step.reset()
-    singly = [step().clone() for _ in range(num_steps)]
+    for _ in range(2):
+        step()  # compiles, and lets buffers grow
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         token_ids = step()
-    # The first tokens are what the warm steps left behind, in both runs.
-    step.reset()
-    step.rows.batch.input_ids.copy_(step.rows.row_seqs)
-    replayed = []
-    for _ in range(num_steps):
+
+    def replay() -> torch.Tensor:
         graph.replay()
-        replayed.append(token_ids.clone())
-    step.reset()
-    step.rows.batch.input_ids.copy_(step.rows.row_seqs)
-    again = [step().clone() for _ in range(num_steps)]
-    assert torch.equal(torch.stack(replayed), torch.stack(again)), "replays draw other tokens"
-    assert all((tokens >= 0).all() for tokens in singly)
+        return token_ids
+
+    def run(advance: Callable[[], torch.Tensor]) -> torch.Tensor:
+        step.reset()
+        step.rows.batch.input_ids.copy_(step.rows.row_seqs)
+        return torch.stack([advance().clone() for _ in range(num_steps)])
+
+    assert torch.equal(run(replay), run(step)), "replays draw other tokens"
     return f"{num_steps} steps of {len(step.case.steps)} sequences"
 
 
@@ -197,24 +203,24 @@ def time_step(
     seq_len: int,
     ceilings: Ceilings,
     backend: str,
+    *,
+    folds: bool,
 ) -> None:
     require(backend)
-    step = Step(model, num_seqs, seq_len, backend)
-    name = f"B={num_seqs}, L={seq_len}, three passes, LoRA"
+    step = Step(model, num_seqs, seq_len, backend, folds=folds)
+    name = f"B={num_seqs}, L={seq_len}, LoRA, {'folded head' if folds else 'three heads'}"
     report.check(f"no host syncs in a decode step, {backend}, {name}", check_no_syncs, step)
     report.check(f"captured decode step, {backend}, {name}", check_graph_of_step, step)
     least = floor_us(model.config, num_seqs, seq_len, ceilings)
+    rate = round(num_seqs / least * 1e6)
+
+    def call() -> None:
+        step.reset()  # the same length each time
+        step()
+
     for use_graph in (True, False):
-
-        def make() -> list:
-            def call() -> None:
-                step.reset()  # the same length each time
-                step()
-
-            return [call]
-
         kind = f"{backend}, {'graph' if use_graph else 'single launches'}"
         record(
-            report, "decode step", kind, name, make, least, use_graph=use_graph,
-            tokens_per_s_at_floor=round(num_seqs / least * 1e6),
+            report, "decode step", kind, name, lambda: [call], least, use_graph=use_graph,
+            tokens_per_s_at_floor=rate,
         )  # fmt: skip

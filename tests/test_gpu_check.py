@@ -123,16 +123,15 @@ def expected_rows(expected: list[torch.Tensor]) -> list[torch.Tensor]:
     return [output[:2] for output in expected]
 
 
+@pytest.mark.parametrize("folds", [True, False])
 @torch.inference_mode()
-def test_a_step_of_the_models_shape_draws_and_advances():
+def test_a_step_of_the_models_shape_draws_and_advances(folds):
     config = FalconConfig.from_dict(TINY_FALCON)
     model = gpu_step.make_model(config, CPU, torch.float32, "reference")
-    step = gpu_step.Step(model, num_seqs=2, seq_len=70, backend="reference")
+    step = gpu_step.Step(model, num_seqs=2, seq_len=70, backend="reference", folds=folds)
     step.cache.k.normal_(generator=torch.Generator().manual_seed(0))
     first = [step().tolist() for _ in range(4)]
     assert step.rows.batch.seq_lens.tolist() == [74] * 6
-    step.reset()
-    step.rows.batch.input_ids.copy_(torch.arange(6))
     assert len({tuple(tokens) for tokens in first}) > 1
     assert all(0 <= token < 97 for tokens in first for token in tokens)
     ceilings = gpu_times.Ceilings(1e12, 1e15)
