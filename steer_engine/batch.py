@@ -90,19 +90,22 @@ class DecodeRows:
         a pass that a sequence does not run points at row 0 and has weight 0.
     passes: the kinds in logit_rows' order.
     row_seqs: [num_tokens] int64, the sequence of each row.
+    limits: [num_tokens] int32, the keys that each row has slots for; behind them it runs on as a
+        row without a sequence (seq_len 0) until the host looks.
     """
 
     batch: Batch
     logit_rows: torch.Tensor
     passes: list[PassKind]
     row_seqs: torch.Tensor
+    limits: torch.Tensor
 
     @classmethod
     def build(
         cls, running: Sequence[DecodingSequence], block_size: int, device: torch.device
     ) -> DecodeRows:
         rows: list[RunningPass] = []
-        input_ids, positions, row_seqs = [], [], []
+        input_ids, positions, row_seqs, limits = [], [], [], []
         row_of: dict[tuple[int, PassKind], int] = {}
         for kind in ROW_ORDER:
             for index, sequence in enumerate(running):
@@ -115,6 +118,8 @@ class DecodeRows:
                     last = sequence.token_ids[-1] if sequence.step else running_pass.prompt_ids[-1]
                     input_ids.append(last)
                     positions.append(len(running_pass.prompt_ids) - 1 + sequence.step)
+                    # The last drawn token is never fed back, so it has no slot.
+                    limits.append(len(running_pass.prompt_ids) - 1 + sequence.sampling.max_tokens)
         present = {kind for _, kind in row_of}
         # The sampler reads the first pass as the domain's, for the plausibility cut.
         passes = [k for k in PassKind if k in present or k is PassKind.DOMAIN]
@@ -127,6 +132,7 @@ class DecodeRows:
             to_tensor(logit_rows, np.int64, device),
             passes,
             to_tensor(row_seqs, np.int64, device),
+            to_tensor(limits, np.int32, device),
         )
 
     def advance(self, token_ids: torch.Tensor) -> None:
@@ -135,7 +141,9 @@ class DecodeRows:
         token_ids: [num_seqs] int64.
         """
         torch.index_select(token_ids, 0, self.row_seqs, out=self.batch.input_ids)
-        self.batch.seq_lens.add_(1)
+        seq_lens = self.batch.seq_lens
+        has_slot = (seq_lens > 0) & (seq_lens < self.limits)
+        seq_lens.add_(1).mul_(has_slot)
 
 
 def to_tensor(values, dtype, device: torch.device) -> torch.Tensor:

@@ -19,6 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BLOCK_SIZE = 64  # tokens per block of the KV cache
 CPU_CACHE_SHARE = 0.4  # of the memory that is available once the weights are loaded
 CUDA_CACHE_SHARE = 0.9
+STEPS_PER_POLL = {"cpu": 1, "cuda": 8}
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -38,6 +39,8 @@ class EngineConfig:
         max_prefill_tokens: prompt tokens per forward.
         fold_head: combine the passes in front of the LM head instead of behind it where that saves
             rows (head.py).
+        steps_per_poll: decode steps between two looks of the host at the tokens; None: 8 on a GPU,
+            which runs on in the meantime, 1 on a CPU. Texts do not depend on it.
     """
 
     device: str = "auto"
@@ -48,12 +51,15 @@ class EngineConfig:
     kv_cache_gib: float | None = None
     max_prefill_tokens: int = 512
     fold_head: bool = True
+    steps_per_poll: int | None = None
 
     def __post_init__(self):
         check_number("max_num_seqs", self.max_num_seqs, low=1, is_int=True)
         check_number("max_prefill_tokens", self.max_prefill_tokens, low=1, is_int=True)
         if self.max_model_len is not None:
             check_number("max_model_len", self.max_model_len, low=2, is_int=True)
+        if self.steps_per_poll is not None:
+            check_number("steps_per_poll", self.steps_per_poll, low=1, is_int=True)
         if self.kv_cache_gib is not None:
             check_number("kv_cache_gib", self.kv_cache_gib, low=0.0, low_is_open=True)
         if self.dtype not in ("auto", *DTYPES):
@@ -95,6 +101,7 @@ class EngineConfig:
             dtype=dtype,
             backend=ops.resolve_backend(self.backend, device),
             max_model_len=max_model_len,
+            steps_per_poll=self.steps_per_poll or STEPS_PER_POLL[device.type],
         )
 
 

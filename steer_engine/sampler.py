@@ -54,6 +54,7 @@ class Draw:
     rows: the decode rows that it belongs to.
     head: the rows of the LM head, and their weights.
     steps: [num_seqs] int32, counted up with each draw.
+    num_ahead: draws that the host has not read yet.
     """
 
     rows: DecodeRows
@@ -61,6 +62,7 @@ class Draw:
     parameters: SamplingTensors
     stream_ids: torch.Tensor
     steps: torch.Tensor
+    num_ahead: int = 0
 
 
 class Sampler:
@@ -93,7 +95,7 @@ class Sampler:
 
         logits: [num_rows, num_seqs, vocab_size] fp32 of draw.head's rows, changed in place.
         """
-        ban_endings(logits, draw.head.weights, running)
+        ban_endings(logits, draw.head.weights, running, draw.num_ahead)
         sampled = self._draw(
             logits,
             draw.head.weights,
@@ -103,6 +105,7 @@ class Sampler:
             steps=draw.steps,
         )
         draw.steps.add_(1)
+        draw.num_ahead += 1
         return sampled
 
 
@@ -111,12 +114,15 @@ def next_token_probs(
 ) -> torch.Tensor:
     """The distributions that Sampler.draw draws from: [num_seqs, vocab_size] fp32."""
     shaping = Shaping.of(running, passes, logits.device)._asdict()
-    ban_endings(logits, shaping["weights"], running)
+    ban_endings(logits, shaping["weights"], running, num_ahead=0)
     return ops.guided_probs(logits, **shaping)
 
 
 def ban_endings(
-    logits: torch.Tensor, weights: torch.Tensor, running: Sequence[DecodingSequence]
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    running: Sequence[DecodingSequence],
+    num_ahead: int,
 ) -> None:
     """Make the tokens that would end a sequence before min_tokens impossible, in place.
 
@@ -125,9 +131,10 @@ def ban_endings(
 
     logits: [num_passes, num_seqs, vocab_size].
     weights: [num_passes, num_seqs].
+    num_ahead: tokens that were drawn and not yet appended.
     """
     for index, sequence in enumerate(running):
-        banned = list(sequence.banned_token_ids)
+        banned = list(sequence.banned_at(sequence.step + num_ahead))
         if banned:
             sign = torch.where(weights[:, index] < 0, torch.inf, -torch.inf)
             with torch.inference_mode():  # the logits may come from there

@@ -109,6 +109,11 @@ class Scheduler:
                 device=self.kv_cache.k.device,
             )
 
+    @property
+    def most_steps_left(self) -> int:
+        """Tokens that the running sequence with the most to go may still draw."""
+        return max(s.sampling.max_tokens - s.step for s in self.running)
+
     def decode_rows(self) -> DecodeRows:
         """One token of every pass of every running sequence; the caller advances it each step."""
         if self._rows is None:

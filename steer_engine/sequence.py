@@ -63,7 +63,11 @@ class DecodingSequence:
     @property
     def banned_token_ids(self) -> tuple[int, ...]:
         """Tokens that may not be drawn now, because they would end the text before min_tokens."""
-        if self.step >= self.sampling.min_tokens:
+        return self.banned_at(self.step)
+
+    def banned_at(self, step: int) -> tuple[int, ...]:
+        """Tokens that may not be drawn at a step."""
+        if step >= self.sampling.min_tokens:
             return ()
         return self.eos_token_ids + self.sampling.stop_token_ids
 
