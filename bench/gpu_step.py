@@ -104,7 +104,8 @@ class Step:
         )
         # Rows lie [domain | negative | base], logits in the order of PassKind.
         logit_rows = rows.view(3, num_seqs)[[0, 2, 1]].contiguous()
-        self.rows = DecodeRows(batch, logit_rows, list(PassKind), rows % num_seqs)
+        limits = torch.full_like(batch.seq_lens, per_row * BLOCK_SIZE)
+        self.rows = DecodeRows(batch, logit_rows, list(PassKind), rows % num_seqs, limits)
         guidances = [Guidance(1.2, -0.2, -0.2)] * num_seqs
         self.head = model.head_rows(guidances, self.rows.passes, folds=folds)
         case = plain_case(torch.zeros(1, config.vocab_size), num_seqs, top_p=0.9)
