@@ -8,8 +8,12 @@ namespace steer::STEER_ISA {
 
 // Inputs of a block. 64 columns x 1024 are 128 KB of L2 in bf16, 6 rows x 1024 are 12 KB of L1.
 constexpr int64_t kBlockLen = 1024;
-// Of a block converted to fp32: 64 columns x 64 are 16 KB of L1.
-constexpr int64_t kFp32BlockLen = 64;
+// Of a block converted to fp32. For few rows, 64 columns x 64 are 16 KB of L1, written and read
+// once or twice. For many, a tile's columns, 16 x kColumnTile, are those 16 KB, and longer pieces
+// of x read better, since its rows lie far apart.
+constexpr int64_t kFp32BlockLenOfFewRows = 64;
+constexpr int64_t kFp32BlockLen = 256 / kColumnTile;
+constexpr int64_t kManyRows = 12;
 // The sums of a chunk of rows, 240 x 64 in fp32, are 60 KB of L2.
 constexpr int64_t kRowChunk = 240;
 
@@ -62,9 +66,10 @@ inline void multiply_panel(const LinearArgs& a, int64_t first_column, int64_t ro
   std::memset(scratch.sums, 0, rows * kPanelWidth * sizeof(float));
   if constexpr (kCanConvert<T>) {
     if (rows >= kMinRowsToConvert) {
-      for (int64_t k = 0; k < a.in_features; k += kFp32BlockLen) {
+      const int64_t block_len = rows < kManyRows ? kFp32BlockLenOfFewRows : kFp32BlockLen;
+      for (int64_t k = 0; k < a.in_features; k += block_len) {
         multiply_converted(x + k, a.x_row_stride, rows, packed + k * kLanes, group_stride,
-                           num_groups, std::min(kFp32BlockLen, a.in_features - k), scratch);
+                           num_groups, std::min(block_len, a.in_features - k), scratch);
       }
       return;
     }
