@@ -211,13 +211,33 @@ void check_block_tables(const PagedAttentionArgs& a, int64_t num_tables, int64_t
   }
 }
 
-// One task per row and kv head, unless that leaves threads idle: then a row's heads are split.
-int64_t choose_num_splits(int64_t num_rows, int64_t num_kv_heads, int64_t heads_per_kv) {
+// The tasks of paged_attention.
+struct AttentionTasks {
+  std::vector<int64_t> group_begins;
+  int64_t num_splits;
+
+  int64_t num_groups() const { return static_cast<int64_t>(group_begins.size()) - 1; }
+};
+
+// Rows that follow each other in one sequence form groups. A task is a group and a kv head, unless
+// that leaves threads idle: then a group's heads are split.
+AttentionTasks attention_tasks(const int32_t* table_ids, const int32_t* seq_lens, int64_t num_rows,
+                               int64_t num_kv_heads, int64_t heads_per_kv) {
+  const int64_t max_rows =
+      std::clamp<int64_t>(kQueriesPerGroup / heads_per_kv, 1, kMaxRowsPerGroup);
+  AttentionTasks tasks;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    const bool follows =
+        row > 0 && table_ids[row] == table_ids[row - 1] && seq_lens[row] == seq_lens[row - 1] + 1;
+    if (!follows || row - tasks.group_begins.back() >= max_rows) tasks.group_begins.push_back(row);
+  }
+  tasks.group_begins.push_back(num_rows);
   const int64_t num_threads = torch::stable::get_num_threads();
-  const int64_t num_tasks = num_rows * num_kv_heads;
-  if (num_threads <= 1 || num_tasks >= 4 * num_threads) return 1;
-  return std::min(heads_per_kv,
-                  (4 * num_threads + num_tasks - 1) / std::max<int64_t>(num_tasks, 1));
+  const int64_t num_tasks = tasks.num_groups() * num_kv_heads;
+  const bool are_enough = num_threads <= 1 || num_tasks == 0 || num_tasks >= 4 * num_threads;
+  tasks.num_splits =
+      are_enough ? 1 : std::min(heads_per_kv, (4 * num_threads + num_tasks - 1) / num_tasks);
+  return tasks;
 }
 
 void paged_attention_op(const Tensor& qkv, const Tensor& k_cache, const Tensor& v_cache,
@@ -248,6 +268,8 @@ void paged_attention_op(const Tensor& qkv, const Tensor& k_cache, const Tensor& 
   }
   check_tensor(out, "out", {{"num_rows", num_rows}, {"num_heads * head_dim", num_heads * head_dim}},
                {k_cache.scalar_type()}, Layout::kUnitStride);
+  const AttentionTasks tasks = attention_tasks(data<int32_t>(table_ids), data<int32_t>(seq_lens),
+                                               num_rows, num_kv_heads, num_heads / num_kv_heads);
   const PagedAttentionArgs args{
       .qkv = data<void>(qkv),
       .qkv_row_stride = qkv.stride(0),
@@ -267,11 +289,13 @@ void paged_attention_op(const Tensor& qkv, const Tensor& k_cache, const Tensor& 
       .head_dim = head_dim,
       .block_size = block_size,
       .scale = static_cast<float>(scale),
-      .num_splits = choose_num_splits(num_rows, num_kv_heads, num_heads / num_kv_heads),
+      .group_begins = tasks.group_begins.data(),
+      .num_groups = tasks.num_groups(),
+      .num_splits = tasks.num_splits,
       .is_bf16 = is_bf16(qkv),
   };
   check_block_tables(args, block_tables.size(0), num_blocks);
-  run_tasks(num_rows * num_kv_heads * args.num_splits, args, kernels().paged_attention);
+  run_tasks(args.num_groups * num_kv_heads * args.num_splits, args, kernels().paged_attention);
 }
 
 // A table of addresses and sizes that is one struct, or an array of them.
@@ -343,6 +367,9 @@ void forward_op(const Tensor& model, const Tensor& layers, double eps, const Ten
   check_buffer(wide, "wide", dtype);
   std::vector<int32_t> positions(num_rows);
   std::vector<int64_t> slot_mapping(num_rows);
+  const AttentionTasks tasks =
+      attention_tasks(data<int32_t>(table_ids), data<int32_t>(seq_lens), num_rows, m.num_kv_heads,
+                      m.num_heads / m.num_kv_heads);
   const ForwardArgs args{
       .model = &m,
       .layers = layer_weights,
@@ -355,7 +382,9 @@ void forward_op(const Tensor& model, const Tensor& layers, double eps, const Ten
       .table_ids = data<int32_t>(table_ids),
       .seq_lens = data<int32_t>(seq_lens),
       .max_blocks = block_tables.size(1),
-      .num_splits = choose_num_splits(num_rows, m.num_kv_heads, m.num_heads / m.num_kv_heads),
+      .group_begins = tasks.group_begins.data(),
+      .num_groups = tasks.num_groups(),
+      .num_splits = tasks.num_splits,
       .cos = data<float>(cos),
       .sin = data<float>(sin),
       .alibi = data<float>(alibi),

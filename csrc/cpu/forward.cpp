@@ -237,10 +237,12 @@ class ForwardPass {
         .head_dim = head_dim_,
         .block_size = a_.block_size,
         .scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim_))),
+        .group_begins = a_.group_begins,
+        .num_groups = a_.num_groups,
         .num_splits = a_.num_splits,
         .is_bf16 = a_.is_bf16,
     };
-    team_.stage(a_.num_rows * m_.num_kv_heads * a_.num_splits, [&](int64_t begin, int64_t end) {
+    team_.stage(a_.num_groups * m_.num_kv_heads * a_.num_splits, [&](int64_t begin, int64_t end) {
       kernels().paged_attention(attention, begin, end);
     });
   }

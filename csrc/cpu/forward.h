@@ -50,7 +50,9 @@ struct ForwardArgs {
   const int64_t* input_ids;  // [num_rows]
   // As in PagedAttentionArgs; a row's own K and V go to the last of the keys that it sees.
   const int32_t *block_tables, *table_ids, *seq_lens;
-  int64_t max_blocks, num_splits;
+  int64_t max_blocks;
+  const int64_t* group_begins;  // [num_groups + 1]
+  int64_t num_groups, num_splits;
   const float *cos, *sin, *alibi;
   int64_t max_model_len;    // columns of alibi
   void *k_cache, *v_cache;  // [num_layers, num_blocks, block_size, num_kv_heads, head_dim]

@@ -8,8 +8,12 @@ namespace steer::STEER_ISA {
 
 // Inputs of a block. 64 columns x 1024 are 128 KB of L2 in bf16, 6 rows x 1024 are 12 KB of L1.
 constexpr int64_t kBlockLen = 1024;
-// Of a block converted to fp32: 64 columns x 64 are 16 KB of L1.
-constexpr int64_t kFp32BlockLen = 64;
+// Of a block converted to fp32. For few rows, 64 columns x 64 are 16 KB of L1, written and read
+// once or twice. For many, a tile's columns, 16 x kColumnTile, are those 16 KB, and longer pieces
+// of x read better, since its rows lie far apart.
+constexpr int64_t kFp32BlockLenOfFewRows = 64;
+constexpr int64_t kFp32BlockLen = 256 / kColumnTile;
+constexpr int64_t kManyRows = 12;
 // The sums of a chunk of rows, 240 x 64 in fp32, are 60 KB of L2.
 constexpr int64_t kRowChunk = 240;
 
@@ -20,41 +24,21 @@ struct PanelScratch {
   float* weights;  // [kPanelWidth / kLanes, kFp32BlockLen, kLanes]
 };
 
-// One call of `multiply` for bf16 by fp32 arithmetic: converts x and weights first. The same
-// products in the same order as without conversion, so the same bits. T is bf16; a parameter, so
-// that levels without it compile nothing.
+// One call of `multiply` for bf16 by fp32 arithmetic.
 template <class T>
 inline void multiply_converted(const T* x, int64_t x_row_stride, int64_t rows, const T* packed,
                                int64_t group_stride, int64_t num_groups, int64_t k_len,
                                const PanelScratch& scratch) {
-  const int64_t padded_len = round_up(k_len, 2);
   for (int64_t row = 0; row < rows; ++row) {
-    float* to = scratch.x + row * kFp32BlockLen;
-    for (int64_t k = 0; k < k_len; k += kLanes) {
-      store(to + k, load(x + row * x_row_stride + k, k_len - k));
-    }
+    convert(x + row * x_row_stride, k_len, scratch.x + row * kFp32BlockLen);
   }
-  for (int64_t group = 0; group < num_groups; ++group) {
-    float* to = scratch.weights + group * kFp32BlockLen * kLanes;
-    for (int64_t k = 0; k < padded_len; k += 2) {
-      const auto pair = load_weights(packed + group * group_stride + k * kLanes);
-      store(to + k * kLanes, pair.even);
-      store(to + (k + 1) * kLanes, pair.odd);
-    }
-  }
+  convert_weights(packed, group_stride, num_groups, k_len, scratch.weights, kFp32BlockLen * kLanes);
   multiply(scratch.x, kFp32BlockLen, rows, scratch.weights, kFp32BlockLen * kLanes, num_groups,
-           padded_len, scratch.sums, kPanelWidth);
+           round_up(k_len, kStep<T>), scratch.sums, kPanelWidth);
 }
-
-alignas(64) constexpr float kLaneNumbers[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
-                                                    8, 9, 10, 11, 12, 13, 14, 15};
 
 // GELU on the first n lanes; n may be beyond them or below 0.
-inline F16 gelu_first(F16 y, int64_t n) {
-  if (n <= 0) return y;
-  const float num_lanes = static_cast<float>(std::min(n, kLanes));
-  return select(greater(splat(num_lanes), load(kLaneNumbers)), gelu(y), y);
-}
+inline F16 gelu_first(F16 y, int64_t n) { return n <= 0 ? y : select(is_first(n), gelu(y), y); }
 
 template <class Out>
 inline void finish_row(const LinearArgs& a, const float* sums, int64_t row, int64_t first_column) {
@@ -80,11 +64,12 @@ inline void multiply_panel(const LinearArgs& a, int64_t first_column, int64_t ro
   const T* packed = static_cast<const T*>(a.packed) + first_column / kLanes * group_stride;
   const T* x = static_cast<const T*>(a.x) + row_begin * a.x_row_stride;
   std::memset(scratch.sums, 0, rows * kPanelWidth * sizeof(float));
-  if constexpr (sizeof(T) == sizeof(bf16) && kMinRowsToConvert != kNever) {
+  if constexpr (kCanConvert<T>) {
     if (rows >= kMinRowsToConvert) {
-      for (int64_t k = 0; k < a.in_features; k += kFp32BlockLen) {
+      const int64_t block_len = rows < kManyRows ? kFp32BlockLenOfFewRows : kFp32BlockLen;
+      for (int64_t k = 0; k < a.in_features; k += block_len) {
         multiply_converted(x + k, a.x_row_stride, rows, packed + k * kLanes, group_stride,
-                           num_groups, std::min(kFp32BlockLen, a.in_features - k), scratch);
+                           num_groups, std::min(block_len, a.in_features - k), scratch);
       }
       return;
     }

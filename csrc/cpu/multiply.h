@@ -132,4 +132,28 @@ inline void multiply(const T* x, int64_t x_row_stride, int64_t num_rows, const T
                                sums + num_tiled * sums_row_stride, sums_row_stride);
 }
 
+// Whether products of T may be done in fp32, from kMinRowsToConvert rows on.
+template <class T>
+constexpr bool kCanConvert = sizeof(T) == sizeof(bf16) && kMinRowsToConvert != kNever;
+
+// A bf16 product in fp32: the same products in the same order, so the same bits. Both sides are
+// padded with zeros, a line of x to whole vectors and the weight to pairs of inputs. (T is bf16; a
+// parameter, so that levels with bf16 products compile nothing.)
+template <class T>
+inline void convert(const T* x, int64_t k_len, float* to) {
+  for (int64_t k = 0; k < k_len; k += kLanes) store(to + k, load(x + k, k_len - k));
+}
+
+template <class T>
+inline void convert_weights(const T* packed, int64_t group_stride, int64_t num_groups,
+                            int64_t k_len, float* to, int64_t to_group_stride) {
+  for (int64_t group = 0; group < num_groups; ++group) {
+    for (int64_t k = 0; k < k_len; k += 2) {
+      const auto pair = load_weights(packed + group * group_stride + k * kLanes);
+      store(to + group * to_group_stride + k * kLanes, pair.even);
+      store(to + group * to_group_stride + (k + 1) * kLanes, pair.odd);
+    }
+  }
+}
+
 }  // namespace steer::STEER_ISA

@@ -21,6 +21,11 @@ constexpr int64_t kLanes = 16;
 // which stays in L2 while all rows pass over it.
 constexpr int64_t kPanelWidth = 64;
 
+// Queries (rows x heads) that paged_attention handles together: enough that packing the keys is a
+// small part, few enough that their scores of 256 keys take 192 KB of L2. Rows at most: a group
+// scores the last row's keys for all its rows.
+constexpr int64_t kQueriesPerGroup = 192, kMaxRowsPerGroup = 16;
+
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
@@ -85,7 +90,11 @@ struct PagedAttentionArgs {
   int64_t out_row_stride;
   int64_t num_rows, num_heads, num_kv_heads, head_dim, block_size;
   float scale;
-  int64_t num_splits;  // a row's heads are this many tasks per kv head
+  // Rows group_begins[i] .. group_begins[i + 1] - 1 read one table, each one key more than the row
+  // before it.
+  const int64_t* group_begins;  // [num_groups + 1]
+  int64_t num_groups;
+  int64_t num_splits;  // a group's heads are this many tasks per kv head
   bool is_bf16;
 };
 
@@ -118,7 +127,7 @@ struct Kernels {
   void (*layer_norm)(const LayerNormArgs&, int64_t, int64_t);             // tasks: rows
   void (*rotary_and_store)(const RotaryAndStoreArgs&, int64_t, int64_t);  // tasks: tokens
   void (*paged_attention)(const PagedAttentionArgs&, int64_t,
-                          int64_t);                                  // tasks: row, kv head, split
+                          int64_t);                                  // tasks: group, kv head, split
   void (*guided_sample)(const GuidedSampleArgs&, int64_t, int64_t);  // tasks: sequences
 };
 

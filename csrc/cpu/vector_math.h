@@ -24,6 +24,18 @@ inline void store(T* p, F16 a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) assign(p[i], lanes[i]);
 }
 
+alignas(64) constexpr float kLaneNumbers[kLanes] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                    8, 9, 10, 11, 12, 13, 14, 15};
+
+// Lanes 0 .. n - 1; n may be more than kLanes or below 0.
+inline Mask is_first(int64_t n) {
+  const float num_lanes = static_cast<float>(std::min(n, kLanes));
+  return greater(splat(num_lanes), load(kLaneNumbers));
+}
+inline F16 first_lanes(F16 a, int64_t n, float fill) {
+  return n >= kLanes ? a : select(is_first(n), a, splat(fill));
+}
+
 // 2**f on [-0.5, 0.5], relative error 2e-9 before rounding: the sampler's own polynomial, so every
 // multiplication and addition rounds by itself (kernels/reference/guided_sample.py,
 // EXP2_COEFFICIENTS).

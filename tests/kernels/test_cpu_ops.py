@@ -275,6 +275,99 @@ def test_a_row_of_attention_does_not_depend_on_its_neighbours(isa, dtype):
     assert_rows_are_independent(run, 33)
 
 
+def prefill_rows(size: str, dtype):
+    """Rows as in a prefill: runs of two tables, cut at odd places, decode rows and rows without
+    keys between them. Table 0 holds 120 keys, table 1 holds 63.
+    """
+    runs = [  # table, first seq_len, rows
+        (0, 1, 20),
+        (1, 0, 30),
+        (0, 21, 9),
+        (0, 120, 1),
+        (1, 63, 1),
+        (1, 0, 1),
+        (0, 60, 18),
+        (0, 78, 1),
+        (1, 17, 3),
+        (0, 100, 21),
+    ]
+    pages = Pages([120, 63], dtype, *ATTENTION_SIZES[size])
+    table_ids = torch.cat([torch.full((n,), table) for table, _, n in runs]).int()
+    seq_lens = torch.cat([torch.arange(first, first + n) for _, first, n in runs]).int()
+    return pages, table_ids, seq_lens
+
+
+@pytest.mark.parametrize("has_alibi", [False, True], ids=["rotary", "alibi"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", ATTENTION_SIZES)
+def test_rows_of_one_prefill_share_their_keys_and_keep_their_bits(isa, size, dtype, has_alibi):
+    """Every way of grouping rows against each row alone, and the whole against fp64."""
+    pages, table_ids, seq_lens = prefill_rows(size, dtype)
+    num_heads = ATTENTION_SIZES[size][0]
+    alibi = torch.linspace(-1, 0, num_heads)[:, None] * torch.arange(130) if has_alibi else None
+    qkv, scale = random_qkv(pages, len(seq_lens)), pages.head_dim**-0.5
+
+    def run(rows):
+        keys = (table_ids[rows], seq_lens[rows])
+        return pages.attention(ops.paged_attention, qkv[rows], *keys, alibi, scale)
+
+    together = run(torch.arange(len(seq_lens)))
+    expected, magnitude = pages.attention_fp64(qkv, table_ids, seq_lens, alibi, scale)
+    tolerance = attention_tolerance(expected, magnitude, pages.head_dim, TOLERANCE[dtype])
+    assert_close(together, expected, tolerance, f"prefill {size} {dtype}")
+    assert_rows_are_independent(run, len(seq_lens))
+    for first in (1, 2, 7, 15, 16, 17, 25):  # other places where groups begin
+        assert torch.equal(run(torch.arange(first, len(seq_lens))), together[first:]), first
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", ["falcon_7b", "every_head_its_own"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_a_row_does_not_see_the_keys_behind_it(isa, size, dtype, poison):
+    """Not even as 0 * v: the keys from position 25 on are NaN or infinite, as after an overflow."""
+    pages, table_ids, seq_lens = prefill_rows(size, dtype)
+    qkv = random_qkv(pages, len(seq_lens))
+
+    def run():
+        return pages.attention(ops.paged_attention, qkv, table_ids, seq_lens, None, 0.125)
+
+    clean = run()
+    slots = pages.slots(0, 120)[25:]
+    for cache in (pages.k_cache, pages.v_cache):
+        cache.flatten(0, 1)[slots] = poison
+    poisoned = run()
+    is_behind = (table_ids == 0) & (seq_lens > 25)
+    assert torch.equal(poisoned[~is_behind], clean[~is_behind])
+    assert not poisoned[is_behind].isfinite().any(), "these rows do see them"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sum_of_minus_zero_stays_so_in_any_group(isa, dtype):
+    """Weights and values so small that their product rounds to a zero of the value's sign, which is
+    the sum's: adding 0 * v of a later key, of the other sign, would change it.
+    """
+    pages, table_ids, seq_lens = prefill_rows("falcon_7b", dtype)
+    qkv = torch.full((len(seq_lens), 73 * 64), 1.75, dtype=dtype)
+    k, v = (cache.flatten(0, 1) for cache in (pages.k_cache, pages.v_cache))
+    for table, length in enumerate((120, 63)):
+        slots = pages.slots(table, length)
+        k[slots], v[slots] = 0, 2.0**-133
+        v[slots[::2]] = -(2.0**-133)
+        k[slots[0]], v[slots[0]] = 1, 0  # takes all the weight but e**-14 per key
+
+    def run(rows):
+        keys = (table_ids[rows], seq_lens[rows])
+        return pages.attention(ops.paged_attention, qkv[rows], *keys, None, 0.125)
+
+    rows = torch.arange(len(seq_lens))
+    is_negative = run(rows).signbit()
+    alone = torch.cat([run(rows[i : i + 1]) for i in rows]).signbit()
+    assert torch.equal(is_negative, alone)
+    if isa != "portable":  # which rounds the product before it adds: +0 + -0 = +0
+        ends_negative = (seq_lens % 2 == 1) & (seq_lens > 1)
+        assert torch.equal(is_negative.all(dim=1), ends_negative)
+
+
 def test_a_row_of_rotary_does_not_depend_on_its_neighbours(isa):
     angle = torch.arange(100)[:, None] * 10000.0 ** -torch.linspace(0, 1, 32)
     cos, sin = angle.cos(), angle.sin()
