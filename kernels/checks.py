@@ -10,8 +10,9 @@ import torch
 def check_tensors(
     expected: dict[str, tuple[torch.Tensor | None, Sequence[int | None], tuple[torch.dtype, ...]]],
 ) -> None:
-    """Check {argument: (tensor, shape, dtypes)}; None in a shape allows any size, a tensor None
-    was left out. The last dimension must have unit stride; others may have any.
+    """Check {argument: (tensor, shape, dtypes)}. None in a shape allows any size; None for a tensor
+    means that the argument was left out. The last dimension must have unit stride; others may have
+    any.
 
     Raises: ValueError naming the argument, what was expected and what came.
     """

@@ -1,6 +1,6 @@
 """Launchers of the C++ kernels for the CPU (csrc/cpu); same signatures as `reference`.
 
-Importing this module needs the compiled library to be loaded (see steer_engine.ops).
+The functions need the compiled library to be loaded (see steer_engine.ops).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ PANEL_SIZE = 16  # output features that lie together in a packed weight
 
 
 def pack_weight(weight: torch.Tensor) -> LinearWeight:
-    """Copy a weight [N, K] into the kernel's layout, zero-padded.
+    """Copy a weight [out_features, in_features] into the kernel's layout, flat and zero-padded.
 
-    bf16: [N/16, K/2, 16, 2].
-    fp32: [N/16, K, 16].
+    bf16: [out_features / 16, in_features / 2, 16, 2].
+    fp32: [out_features / 16, in_features, 16].
     """
     return LinearWeight(torch.ops.steer_engine.pack_weight(weight.contiguous()), *weight.shape)
 

@@ -1,9 +1,8 @@
 """The CUDA C++ backend (csrc/cuda): the sampler in one launch, Triton's kernels or the reference's
 ops for the rest.
 
-Importing this module needs the compiled library to be loaded (see steer_engine.ops). The kernel is
-proven against the reference in an emulator and compiled for sm_80 and sm_90; it has not run on a
-GPU yet.
+The sampler needs the compiled library to be loaded (see steer_engine.ops). The kernel is proven
+against the reference in an emulator and compiled for sm_80 and sm_90; it has not run on a GPU yet.
 """
 
 from __future__ import annotations

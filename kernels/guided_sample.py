@@ -26,15 +26,15 @@ replays the rounds from their sums (a handful of 16-wide reductions). Any pivots
 bracket; their choice decides only how long the list is. If it is long (all logits equal), select
 reads more blocks, at most 13 times: nothing overflows, and every loop is bounded.
 
-Rejected: KERNELS.md's last-arriver finish and sorted bracket (tickets, resets and a 4096-wide
-tl.sort, for two launches less); a radix select over the whole row (8 rounds of 16 masked sums).
+Rejected: a last-arriver finish with a sorted bracket (tickets, resets and a 4096-wide tl.sort,
+for two launches less); a radix select over the whole row (8 rounds of 16 masked sums).
 
 Traffic per row of V tokens, R passes of b bytes: V*(R*b + 4) to combine, then 4V for each of two
-ladder rounds, collect and block_mass, together V*(R*b + 20), against KERNELS.md 4.5's floor of
-V*(R*b + 16); with alpha another V*b. Up to about 150 rows, x stays in the L2 cache after combine.
-A ladder round is 169 instructions per token on sm_90 (counted in SASS), of which 16 * 6 are sums of
-64-bit masses and of counts: with hundreds of rows it is bound by arithmetic, not by memory. Not
-timed yet; LaunchConfig.num_rounds = 1 trades a round for longer lists.
+ladder rounds, collect and block_mass, together V*(R*b + 20); with alpha another V*b. Up to about
+150 rows, x stays in the L2 cache after combine. A ladder round is 169 instructions per token on
+sm_90 (counted in SASS), of which 16 * 6 are sums of 64-bit masses and of counts: with hundreds of
+rows it is bound by arithmetic, not by memory. Not timed yet; LaunchConfig.num_rounds = 1 trades a
+round for longer lists.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ segments, by (in_features, out_features) alone; a segment is summed step by step
 segments' sums are added in their order. What may depend on the number of rows is who does it:
 
     few rows    one program per tile and segment writes a partial sum; epilogue_kernel adds them.
-                Dense and down have 36 tiles of columns for 132 processors: 4 segments use them all.
+                Falcon-7B's down_dense has 36 tiles of columns for 132 processors: 4 segments use
+                them all.
     many rows   one program per tile sums all segments; the tiles alone fill the processors.
 
 Multiply and add round separately (enable_fp_fusion=False), or the two forms could fuse differently.
@@ -16,10 +17,10 @@ Multiply and add round separately (enable_fp_fusion=False), or the two forms cou
 Traffic with up to 64 rows: each weight is read once, at 2 bytes for 2 * 64 FLOPs of its row tile.
 At 3.0 TB/s that is 192 TFLOP/s of 798: the weights' bytes bound the product, so a row tile below 64
 would gain nothing, and 64 is what one warpgroup's MMA takes. A step loads 16 KB of weights from
-memory and 8 KB of x from L2; the partial sums of 4 segments are 4.7 MB for 64 rows of dense and
-stay in L2, against 41 MB of weights. 4 stages are 96 KB of shared memory: two programs fit on a
-processor, and each has 2 to 3 steps in flight, together 64 KB or more of weights, where 32 KB cover
-the latency.
+memory and 8 KB of x from L2; the partial sums of 4 segments are 4.7 MB for 64 rows of down_dense
+and stay in L2, against 206 MB of weights. 4 stages are 96 KB of shared memory: two programs fit on
+a processor, and each has 2 to 3 steps in flight, together 64 KB or more of weights, where 32 KB
+cover the latency.
 
 Rejected: float atomics (the order varies), a last-arriver epilogue (counters to reset, for one
 launch less), more rows per tile for prefill (another tile shape; it may give the same bits on

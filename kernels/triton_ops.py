@@ -1,4 +1,4 @@
-"""The Triton backend: its own kernels where they are written, the reference's ops for the rest.
+"""The Triton backend: a kernel for every op but embedding and guided_probs, the reference's.
 
 Importing this module needs triton. The kernels are proven against the reference in Triton's
 interpreter and compiled for sm_80 and sm_90; they have not run on a GPU yet.

@@ -60,7 +60,10 @@ def build_batch(
     is_prefill: bool,
     device: torch.device,
 ) -> Batch:
-    """rows: the pass that each token belongs to, domain-weight rows first."""
+    """rows: the pass that each token belongs to, domain-weight rows first.
+
+    input_ids, positions: of each token.
+    """
     table_of: dict[int, int] = {}
     tables: list[list[int]] = []
     for running_pass in rows:

@@ -240,7 +240,7 @@ class FalconModel:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights; a tied head counts once."""
+        """Bytes of all weight matrices; a tied head counts once."""
         packed = [self.embedding, self.head, self.domain_embedding, self.domain_head]
         for product in self._all_products():
             packed += [product.weight, product.domain_weight, product.lora_a]
@@ -333,9 +333,9 @@ class FalconModel:
     def _all_products(self) -> list[StackedLinear]:
         return [product for layer in self.layers for product in layer.products]
 
-    def _logits_for(self, num_passes: int, num_seqs: int) -> torch.Tensor:
-        """[num_passes, num_seqs, vocab_size] fp32, from the front of a buffer that only grows."""
-        shape = (num_passes, num_seqs, self.config.vocab_size)
+    def _logits_for(self, num_rows: int, num_seqs: int) -> torch.Tensor:
+        """[num_rows, num_seqs, vocab_size] fp32, from the front of a buffer that only grows."""
+        shape = (num_rows, num_seqs, self.config.vocab_size)
         if self._logits is None or self._logits.numel() < math.prod(shape):
             self._logits = torch.empty(math.prod(shape), dtype=torch.float32, device=self.device)
         return self._logits[: math.prod(shape)].view(shape)

@@ -53,6 +53,8 @@ class Draw:
 
     rows: the decode rows that it belongs to.
     head: the rows of the LM head, and their weights.
+    parameters: of the sequences, as kernels read them.
+    stream_ids: [num_seqs] int64.
     steps: [num_seqs] int32, counted up with each draw.
     num_ahead: draws that the host has not read yet.
     """
@@ -112,7 +114,11 @@ class Sampler:
 def next_token_probs(
     logits: torch.Tensor, running: Sequence[DecodingSequence], passes: Sequence[PassKind]
 ) -> torch.Tensor:
-    """The distributions that Sampler.draw draws from: [num_seqs, vocab_size] fp32."""
+    """The distributions that Sampler.draw draws from: [num_seqs, vocab_size] fp32.
+
+    logits: [num_passes, num_seqs, vocab_size] fp32, changed in place.
+    passes: the kinds in the order of the logits.
+    """
     shaping = Shaping.of(running, passes, logits.device)._asdict()
     ban_endings(logits, shaping["weights"], running, num_ahead=0)
     return ops.guided_probs(logits, **shaping)
@@ -126,11 +132,11 @@ def ban_endings(
 ) -> None:
     """Make the tokens that would end a sequence before min_tokens impossible, in place.
 
-    Each pass gets the infinity that its weight turns into -inf, so that no sum of opposite
+    Each row gets the infinity that its weight turns into -inf, so that no sum of opposite
     infinities arises.
 
-    logits: [num_passes, num_seqs, vocab_size].
-    weights: [num_passes, num_seqs].
+    logits: [num_rows, num_seqs, vocab_size], of passes or of the head's rows.
+    weights: [num_rows, num_seqs].
     num_ahead: tokens that were drawn and not yet appended.
     """
     for index, sequence in enumerate(running):

@@ -7,8 +7,9 @@
 
 namespace steer {
 
-// The structs below are filled from Python as tables of int64 (steer_engine/cpu_model.py):
-// addresses and sizes, 8 bytes each, in this order. A null address: not there.
+// The four structs of weights below are filled from Python as tables of int64
+// (steer_engine/cpu_model.py): addresses and sizes, 8 bytes each, in this order. A null address:
+// not there.
 
 // A LayerNorm for both weight sets; without domain_weight the domain uses the base's.
 struct StackedNorm {
@@ -77,7 +78,7 @@ struct LogitsArgs {
   const ModelWeights* model;
   float eps;
   bool is_bf16;
-  const float* residual;
+  const float* residual;  // [num_tokens, hidden_size]
   int64_t residual_stride;
   const int64_t* logit_rows;  // [num_passes, num_seqs], rows of residual
   bool is_base[3];            // per pass: which weight set; row i uses the head of pass i

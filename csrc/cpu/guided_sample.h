@@ -123,7 +123,7 @@ inline F16 exp2_mass(F16 t) {
   return truncate(exp2_of_fraction(t - n) * power_of_two(n + splat(40.0f)) + splat(0.5f));
 }
 
-// max(1, ceil(total * top_p_fixed / 2**32)); total < 2**56, top_p_fixed <= 2**32.
+// max(1, ceil(total * top_p_fixed / 2**32)); total <= 2**60, top_p_fixed <= 2**32.
 inline uint64_t mass_target(uint64_t total, uint64_t top_p_fixed) {
   const uint64_t low = (total & 0xffffffffu) * top_p_fixed + 0xffffffffu;
   return std::max<uint64_t>(1, (total >> 32) * top_p_fixed + (low >> 32));

@@ -1,5 +1,5 @@
 // The CPU ops: their arguments and their entry points. Plain pointers and sizes; bindings.cpp has
-// checked them.
+// checked them. (GuidedSampleArgs serves the CUDA sampler, too.)
 //
 // Every op is a number of independent tasks, and an entry point runs the tasks [begin, end). No
 // task's arithmetic depends on how the tasks are grouped, so results do not depend on the number of

@@ -25,7 +25,7 @@ def rotary_and_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
 ) -> None:
-    """Rotate q (in place) and k by their positions, then write k and v to their cache slots.
+    """Rotate q and k in place by their positions, then write k and v to their cache slots.
 
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), x1 and x2 the halves of head_dim, in fp32.
 

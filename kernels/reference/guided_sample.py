@@ -9,8 +9,8 @@ For one sequence, with l_d, l_b, l_n the logits of the passes and w_d, w_b, w_n 
 
     1  x_v = (w_d*l_d[v] + w_b*l_b[v] + w_n*l_n[v]) * (1/T), in fp32, left to right; a pass of
        weight 0 is left out
-    2  masked: v with x_v NaN and, if alpha > 0, v with l_d[v] < max(l_d) + ln(alpha); x_v above
-       3e38 becomes 3e38
+    2  masked: v with x_v NaN and, if alpha > 0, v whose l_d[v] is NaN or below
+       max(l_d) + ln(alpha); x_v above 3e38 becomes 3e38
     3  q_v = integer(exp2((x_v - max x) * log2 e) * 2**40 + 0.5), 0 where masked
     4  top-k: the first k in the order (x descending, index ascending) stay
     5  top-p: of these the shortest prefix whose mass reaches ceil(top_p * Z) stays; Z is the sum of
@@ -241,7 +241,7 @@ def first_argmax(x: torch.Tensor) -> torch.Tensor:
 def mass_target(total: torch.Tensor, top_p_fixed: torch.Tensor) -> torch.Tensor:
     """max(1, ceil(total * top_p_fixed / 2**32)) without leaving 64 bits.
 
-    total: int64, below 2**56.
+    total: int64, at most 2**60 (2**20 tokens).
     top_p_fixed: int64, at most 2**32.
     """
     low = (total & MASK_32) * top_p_fixed + MASK_32
@@ -249,7 +249,7 @@ def mass_target(total: torch.Tensor, top_p_fixed: torch.Tensor) -> torch.Tensor:
 
 
 def multiply_high(high: torch.Tensor, low: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """The upper 64 bits of (high * 2**32 + low) * mass. Words in int64; mass < 2**56."""
+    """The upper 64 bits of (high * 2**32 + low) * mass. Words in int64; mass at most 2**60."""
     mass_high, mass_low = mass >> 32, mass & MASK_32
     middle = high * mass_low + ((low * mass_low >> 32) & MASK_32)
     carry = (low * mass_high + (middle & MASK_32)) >> 32

@@ -1,4 +1,4 @@
-"""The CUDA sampler without a GPU: its kernel file, unchanged, runs in an emulator (cuda_emulator/)
+"""The CUDA sampler without a GPU: its files, unchanged, run in an emulator (cuda_emulator/)
 and must give the reference's token, status, kept count and mass, bit for bit, for every kind of
 row, every way of splitting it and every order of its threads.
 """

@@ -11,27 +11,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+from cmake_build import configure_command, find_tool, run
 
-ROOT = Path(__file__).parents[2]
 SANITIZERS = "address,undefined"
 SELECTION = "not models_own and not many_rows and not more_rows and not neighbours"
 REPORTS = ("runtime error:", "ERROR: AddressSanitizer")
-
-
-def find_tool(name: str) -> str:
-    """A program on PATH or beside this Python, where pip puts cmake and ninja; or skip."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    found = shutil.which(name, path=path)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
 
 
 def find_runtime(compiler: str, name: str) -> str:
@@ -43,24 +32,12 @@ def find_runtime(compiler: str, name: str) -> str:
     return found
 
 
-def run(command: list, **arguments) -> str:
-    """Standard output and error together; fails with their end if the command does."""
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **arguments
-    )
-    if done.returncode != 0:
-        pytest.fail(f"exit {done.returncode} of {command}:\n{done.stdout[-12000:]}", pytrace=False)
-    return done.stdout
-
-
 def build_library(compiler: str, folder: Path) -> Path:
     include = Path(importlib.util.find_spec("torch").origin).parent / "include"
-    cmake, ninja = find_tool("cmake"), find_tool("ninja")
-    configure = [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    configure += [f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=Debug"]
-    configure += [f"-DTORCH_INCLUDE_DIR={include}", f"-DSTEER_SANITIZE={SANITIZERS}"]
-    run([*configure, "-DSTEER_CUDA=OFF", "--no-warn-unused-cli"])
-    run([cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)])
+    options = [f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=Debug", "-DSTEER_CUDA=OFF"]
+    options += [f"-DTORCH_INCLUDE_DIR={include}", f"-DSTEER_SANITIZE={SANITIZERS}"]
+    run(configure_command(folder, *options))
+    run([find_tool("cmake"), "--build", folder, "--parallel", str(os.cpu_count() or 1)])
     return folder / "_csrc.so"
 
 

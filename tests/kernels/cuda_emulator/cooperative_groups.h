@@ -10,8 +10,8 @@ namespace cooperative_groups {
 struct cluster_group {
   unsigned num_blocks() const { return static_cast<unsigned>(emulator::launch->blocks.size()); }
   unsigned block_rank() const { return static_cast<unsigned>(emulator::self->block); }
-  void sync(int line = __builtin_LINE()) const {
-    emulator::meet(emulator::launch->cluster, emulator::Wait::kCluster, line);
+  void sync(emulator::Place place = EMULATOR_PLACE) const {
+    emulator::meet(emulator::launch->cluster, emulator::Wait::kCluster, place);
   }
   // Pointers outside of the block's shared memory have no counterpart in another block.
   template <class T>

@@ -33,19 +33,34 @@ namespace emulator {
 constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 32768;
 
-// Where threads wait. Threads that meet must come from the same line of the kernel.
+// Where threads wait.
 enum class Wait { kNone, kWarp, kBlock, kCluster, kExit };
+
+// A line of the kernel. Threads that meet must come from the same one.
+struct Place {
+  const char* file = "";
+  int line = 0;
+
+  bool operator==(const Place& other) const {
+    return line == other.line && std::strcmp(file, other.file) == 0;
+  }
+  std::string name() const {
+    const char* slash = std::strrchr(file, '/');
+    return (slash ? slash + 1 : file) + (":" + std::to_string(line));
+  }
+};
 
 struct Fiber {
   void* stack_pointer = nullptr;
   int thread = 0, block = 0;
   Wait wait = Wait::kNone;
-  int line = 0;
+  Place place;
 };
 
 // Threads that have arrived at a barrier.
 struct Barrier {
-  int size = 0, num_arrived = 0, line = 0;
+  int size = 0, num_arrived = 0;
+  Place place;
   uint64_t generation = 0;
   std::vector<Fiber*> waiting;
 };
@@ -108,14 +123,13 @@ inline void give_way() {
   to_scheduler();
 }
 
-inline void meet(Barrier& barrier, Wait wait, int line) {
-  if (barrier.num_arrived == 0) barrier.line = line;
-  if (barrier.line != line) {
-    fail("threads of line " + std::to_string(line) + " meet threads of line " +
-         std::to_string(barrier.line));
+inline void meet(Barrier& barrier, Wait wait, Place place) {
+  if (barrier.num_arrived == 0) barrier.place = place;
+  if (!(barrier.place == place)) {
+    fail("threads of " + place.name() + " meet threads of " + barrier.place.name());
   }
   self->wait = wait;
-  self->line = line;
+  self->place = place;
   if (++barrier.num_arrived < barrier.size) {
     barrier.waiting.push_back(self);
     to_scheduler();
@@ -135,13 +149,13 @@ inline int own_lane() { return self->thread % kWarpSize; }
 
 // What the lanes of the warp hand in, to be read by each.
 template <class T>
-const uint64_t* exchange(unsigned mask, T value, int line) {
+const uint64_t* exchange(unsigned mask, T value, Place place) {
   if (mask != 0xffffffffu) fail("a warp operation with a partial mask");
   Warp& warp = own_warp();
   uint64_t* values = warp.values[warp.barrier.generation % 2];
   values[own_lane()] = 0;
   std::memcpy(&values[own_lane()], &value, sizeof(T));
-  meet(warp.barrier, Wait::kWarp, line);
+  meet(warp.barrier, Wait::kWarp, place);
   return values;
 }
 
@@ -194,8 +208,7 @@ inline std::string describe_stuck() {
     if (fiber.wait == Wait::kExit || ++num_named > 4) continue;
     const char* names[] = {"nothing", "its warp", "its block", "the cluster", "exit"};
     text += " [block " + std::to_string(fiber.block) + " thread " + std::to_string(fiber.thread) +
-            ": " + names[static_cast<int>(fiber.wait)] + ", line " + std::to_string(fiber.line) +
-            "]";
+            ": " + names[static_cast<int>(fiber.wait)] + ", " + fiber.place.name() + "]";
   }
   return text;
 }
@@ -251,39 +264,45 @@ inline std::string run_cluster(int num_blocks, int num_threads, size_t shared_by
 #define blockIdx \
   (dim3{static_cast<unsigned>(emulator::launch->first_block + emulator::self->block)})
 
+// As a default argument: the place of the call.
+#define EMULATOR_PLACE {__builtin_FILE(), __builtin_LINE()}
+
 using std::max;
 using std::min;
 
-inline void __syncthreads(int line = __builtin_LINE()) {
-  emulator::meet(emulator::own_block().barrier, emulator::Wait::kBlock, line);
+inline void __syncthreads(emulator::Place place = EMULATOR_PLACE) {
+  emulator::meet(emulator::own_block().barrier, emulator::Wait::kBlock, place);
 }
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int lane, int line = __builtin_LINE()) {
-  return emulator::as<T>(emulator::exchange(mask, value, line)[lane % 32]);
+T __shfl_sync(unsigned mask, T value, int lane, emulator::Place place = EMULATOR_PLACE) {
+  return emulator::as<T>(emulator::exchange(mask, value, place)[lane % 32]);
 }
 
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, int delta, int line = __builtin_LINE()) {
+T __shfl_up_sync(unsigned mask, T value, int delta, emulator::Place place = EMULATOR_PLACE) {
   const int lane = emulator::own_lane();
   return emulator::as<T>(
-      emulator::exchange(mask, value, line)[lane >= delta ? lane - delta : lane]);
+      emulator::exchange(mask, value, place)[lane >= delta ? lane - delta : lane]);
 }
 
-inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value, int line = __builtin_LINE()) {
-  const uint64_t* values = emulator::exchange(mask, value, line);
+inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value,
+                                  emulator::Place place = EMULATOR_PLACE) {
+  const uint64_t* values = emulator::exchange(mask, value, place);
   return static_cast<uint32_t>(*std::max_element(values, values + 32));
 }
 
-inline uint32_t __reduce_or_sync(unsigned mask, uint32_t value, int line = __builtin_LINE()) {
-  const uint64_t* values = emulator::exchange(mask, value, line);
+inline uint32_t __reduce_or_sync(unsigned mask, uint32_t value,
+                                 emulator::Place place = EMULATOR_PLACE) {
+  const uint64_t* values = emulator::exchange(mask, value, place);
   uint32_t bits = 0;
   for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(values[i]);
   return bits;
 }
 
-inline uint32_t __reduce_add_sync(unsigned mask, uint32_t value, int line = __builtin_LINE()) {
-  const uint64_t* values = emulator::exchange(mask, value, line);
+inline uint32_t __reduce_add_sync(unsigned mask, uint32_t value,
+                                  emulator::Place place = EMULATOR_PLACE) {
+  const uint64_t* values = emulator::exchange(mask, value, place);
   uint32_t sum = 0;
   for (int i = 0; i < 32; ++i) sum += static_cast<uint32_t>(values[i]);
   return sum;
