@@ -273,10 +273,17 @@ class FalconModel:
         hidden = torch.empty(shape, dtype=torch.float32, device=self.device)
         for kind, rows, out in zip(head.passes, logit_rows, hidden, strict=True):
             self.final_norm(residual[rows], 0 if kind is PassKind.BASE else num_seqs, out)
-        for row, kind in enumerate(head.passes[:num_rows]):
-            x = self._combine(hidden, head.coefficients[row], head.is_low[row])
-            weight = self.head if kind is PassKind.BASE else self.domain_head or self.head
-            self.ops.linear(x, weight, logits[row])
+        x = torch.stack(
+            [
+                self._combine(hidden, coefficients, is_low)
+                for coefficients, is_low in zip(head.coefficients, head.is_low, strict=True)
+            ]
+        )
+        if self.domain_head is None:  # one product, so its weights are read once
+            self.ops.linear(x.flatten(0, 1), self.head, logits.flatten(0, 1))
+            return logits
+        for kind, row, out in zip(head.passes, x, logits, strict=False):
+            self.ops.linear(row, self.head if kind is PassKind.BASE else self.domain_head, out)
         return logits
 
     def _combine(
