@@ -75,14 +75,6 @@ def sort_chain(logits: torch.Tensor, weights: torch.Tensor, top_p: float) -> tor
     return order.gather(1, torch.multinomial(probs, 1))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.mark.benchmark(timer=time.thread_time)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("implementation", ["cpu", "sort_chain"])

@@ -10,8 +10,7 @@ import torch
 from .reference import guided_probs, last_slots
 from .reference.guided_sample import (
     Sampled,
-    check_sampling_arguments,
-    prepare_parameters,
+    checked_parameters,
     signed_seed,
 )
 from .reference.linear import LinearWeight
@@ -104,8 +103,9 @@ def guided_sample(
     logits, weights, *, temperature, top_p, top_k, alpha, seed, stream_ids, steps
 ) -> Sampled:
     """See reference.guided_sample; the same token, bit for bit."""
-    check_sampling_arguments(logits, weights, temperature, top_p, top_k, alpha, stream_ids, steps)
-    parameters = prepare_parameters(temperature, top_p, top_k, alpha, logits.shape[2])
+    parameters = checked_parameters(
+        logits, weights, temperature, top_p, top_k, alpha, stream_ids, steps
+    )
     return draw(logits, weights, parameters, seed=seed, stream_ids=stream_ids, steps=steps)
 
 

@@ -50,8 +50,7 @@ from .reference import guided_sample as reference_guided_sample
 from .reference.guided_sample import (
     Sampled,
     SamplingTensors,
-    check_sampling_arguments,
-    prepare_parameters,
+    checked_parameters,
     signed_seed,
 )
 
@@ -682,11 +681,17 @@ def guided_sample(
 
     Raises: ValueError if an argument does not match, or vocab_size is above 2**20.
     """
-    check_sampling_arguments(logits, weights, temperature, top_p, top_k, alpha, stream_ids, steps)
-    vocab_size = logits.shape[2]
-    if vocab_size > MAX_VOCAB_SIZE:
-        raise ValueError(f"vocab_size must be at most {MAX_VOCAB_SIZE}, got {vocab_size}")
-    parameters = prepare_parameters(temperature, top_p, top_k, alpha, vocab_size)
+    parameters = checked_parameters(
+        logits,
+        weights,
+        temperature,
+        top_p,
+        top_k,
+        alpha,
+        stream_ids,
+        steps,
+        max_vocab_size=MAX_VOCAB_SIZE,
+    )
     return draw(logits, weights, parameters, seed=seed, stream_ids=stream_ids, steps=steps)
 
 

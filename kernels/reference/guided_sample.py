@@ -165,6 +165,26 @@ def signed_seed(seed: int) -> int:
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
+def checked_parameters(
+    logits,
+    weights,
+    temperature,
+    top_p,
+    top_k,
+    alpha,
+    stream_ids=None,
+    steps=None,
+    *,
+    max_vocab_size: int | None = None,
+) -> SamplingTensors:
+    """check_sampling_arguments, a backend's own limit, and prepare_parameters."""
+    check_sampling_arguments(logits, weights, temperature, top_p, top_k, alpha, stream_ids, steps)
+    vocab_size = logits.shape[2]
+    if max_vocab_size is not None and vocab_size > max_vocab_size:
+        raise ValueError(f"vocab_size must be at most {max_vocab_size}, got {vocab_size}")
+    return prepare_parameters(temperature, top_p, top_k, alpha, vocab_size)
+
+
 def exp2_mass(t: torch.Tensor) -> torch.Tensor:
     """round(2**t * 2**40) as int64 for fp32 t <= 0, by a polynomial that all backends share."""
     usable = t > LOWEST_EXPONENT  # False for -inf and NaN
@@ -262,8 +282,7 @@ def guided_probs(logits, weights, *, temperature, top_p, top_k, alpha) -> torch.
     Arguments and errors as in guided_sample. Greedy rows are one-hot; a row with nothing left is
     one-hot at its fallback token.
     """
-    check_sampling_arguments(logits, weights, temperature, top_p, top_k, alpha)
-    parameters = prepare_parameters(temperature, top_p, top_k, alpha, logits.shape[2])
+    parameters = checked_parameters(logits, weights, temperature, top_p, top_k, alpha)
     kept = nucleus(logits, weights, parameters)
     probs = (kept.masses.double() / kept.total_mass.clamp(min=1)[:, None].double()).float()
     one_hot_ids = torch.where(kept.total_mass == 0, kept.fallback_ids, kept.greedy_ids)
@@ -291,8 +310,9 @@ def guided_sample(
         the batch. A row with a status returns a token in range and leaves its neighbours unchanged.
     Raises: ValueError if a shape, dtype or device does not match.
     """
-    check_sampling_arguments(logits, weights, temperature, top_p, top_k, alpha, stream_ids, steps)
-    parameters = prepare_parameters(temperature, top_p, top_k, alpha, logits.shape[2])
+    parameters = checked_parameters(
+        logits, weights, temperature, top_p, top_k, alpha, stream_ids, steps
+    )
     return draw(logits, weights, parameters, seed=seed, stream_ids=stream_ids, steps=steps)
 
 

@@ -16,14 +16,8 @@ import time
 import pytest
 import torch
 from sampler_cases import KINDS
-from test_guided_sample_triton import (
-    Case,
-    check,
-    random_case,
-    reference_sample,
-    triton_sampler,
-    whole_rows,
-)
+from steer_engine.kernels.reference import prepare_parameters
+from test_guided_sample_triton import Case, check, random_case, reference_sample, whole_rows
 from triton_interpreter import start_children
 
 from steer_engine import ops
@@ -44,7 +38,7 @@ def cpu_sample(case: Case) -> list[torch.Tensor]:
     _, num_seqs, vocab_size = case.logits.shape
     dtypes = (torch.int64, torch.float32, torch.int32, torch.int32, torch.int64)
     outputs = [torch.full((num_seqs,), -7, dtype=dtype) for dtype in dtypes]
-    parameters = triton_sampler.prepare_parameters(**case.settings, vocab_size=vocab_size)
+    parameters = prepare_parameters(**case.settings, vocab_size=vocab_size)
     signed_seed = case.seed - (1 << 64 if case.seed >> 63 else 0)
     torch.ops.steer_engine.guided_sample(
         case.logits, case.weights.contiguous(), *parameters, signed_seed, case.stream_ids,

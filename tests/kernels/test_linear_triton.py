@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from op_cases import assert_close
 from triton_interpreter import interpreted
 
 op = pytest.importorskip("steer_engine.kernels.linear", exc_type=ImportError)
@@ -86,19 +87,7 @@ class Case:
             tolerance += TOLERANCE[FP32] * expected.abs()
             expected += self.residual
         tolerance += (TOLERANCE[FP32] + (got.dtype == BF16) * TOLERANCE[BF16]) * expected.abs()
-        assert_close(got, expected, tolerance, self.name)
-
-
-def assert_close(got, expected, tolerance, name):
-    error = (got.double() - expected).abs()
-    is_wrong = ~(error <= tolerance)  # True for NaN
-    if is_wrong.any():
-        excess = torch.where(error.isnan(), torch.inf, error - tolerance)
-        worst = tuple(int(i) for i in torch.unravel_index(excess.argmax(), got.shape))
-        raise AssertionError(
-            f"linear {name}: {int(is_wrong.sum())} of {got.numel()} wrong, worst at {worst}: got "
-            f"{got[worst]:.9g}, expected {expected[worst]:.9g}, tolerance {tolerance[worst]:.3g}"
-        )
+        assert_close(got, expected, tolerance, f"linear {self.name}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
