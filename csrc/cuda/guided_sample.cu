@@ -70,6 +70,12 @@ int choose_cluster_size(int64_t num_seqs, int64_t vocab_size) {
       capability < 9 || vocab_size > kMaxVocabSizeInRegisters) {
     return 0;
   }
+  // Compiled for older targets only, the cluster's kernel is empty.
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kernel_for(kMinClusterSize)) != cudaSuccess ||
+      attributes.binaryVersion < 90) {
+    return 0;
+  }
   // Of 132 processors: as many as a few rows can use, and 33 rows in one wave when there are more.
   int cluster_size = num_seqs <= 8 ? kMaxClusterSize : num_seqs <= 16 ? 8 : kMinClusterSize;
   while (cluster_size >= kMinClusterSize && !fits_on_device(num_seqs, cluster_size)) {
