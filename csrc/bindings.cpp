@@ -125,8 +125,7 @@ void linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor
       .out_is_bf16 = is_bf16(out),
       .accumulate = accumulate,
   };
-  const int64_t num_panels = round_up(out_features, kPanelWidth) / kPanelWidth;
-  run_tasks(num_rows == 0 ? 0 : num_panels, args, kernels().linear);
+  run_tasks(num_rows == 0 ? 0 : num_panels(out_features), args, kernels().linear);
 }
 
 void layer_norm_op(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,

@@ -26,10 +26,6 @@ struct Rows {
   }
 };
 
-int64_t num_panels(int64_t out_features) {
-  return round_up(out_features, kPanelWidth) / kPanelWidth;
-}
-
 LinearArgs linear_args(const void* weight, const float* bias, Rows x, int64_t in_features, Rows out,
                        int64_t out_features, int64_t num_rows) {
   return {

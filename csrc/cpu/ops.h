@@ -36,6 +36,11 @@ constexpr int64_t packed_size(int64_t out_features, int64_t in_features, bool is
   return round_up(out_features, kLanes) * (is_bf16 ? round_up(in_features, 2) : in_features);
 }
 
+// Tasks of `linear`.
+constexpr int64_t num_panels(int64_t out_features) {
+  return round_up(out_features, kPanelWidth) / kPanelWidth;
+}
+
 struct PackWeightArgs {
   const void* weight;  // [out_features, in_features]
   void* packed;

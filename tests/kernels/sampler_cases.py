@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from steer_engine.kernels.reference.guided_sample import (
+    guided_sample,
+    nucleus,
+    prepare_parameters,
+)
+
+OUTPUTS = ("token_ids", "logprobs", "status", "num_kept", "total_mass")
 
 
 def random_logits(kind: str, num_passes: int, num_seqs: int, vocab_size: int, g) -> torch.Tensor:
@@ -71,3 +80,60 @@ def random_settings(num_seqs: int, g) -> tuple[torch.Tensor, dict[str, torch.Ten
         "top_k": choose([0, 0, 0, 0, 1, 2, 40, 1000, 70000]).int(),
         "alpha": choose([0.0, 0.0, 0.0, 1e-3, 0.1, 1.0]),
     }
+
+
+class Case(NamedTuple):
+    """Arguments of one call of the sampler."""
+
+    logits: torch.Tensor
+    weights: torch.Tensor
+    settings: dict[str, torch.Tensor]
+    seed: int
+    stream_ids: torch.Tensor
+    steps: torch.Tensor
+
+    def rows(self, rows) -> Case:
+        settings = {name: value[rows] for name, value in self.settings.items()}
+        weights, logits = self.weights[:, rows], self.logits[:, rows]
+        return Case(logits, weights, settings, self.seed, self.stream_ids[rows], self.steps[rows])
+
+
+def random_case(kind: str, num_seqs: int, vocab_size: int, g, num_passes: int = 3) -> Case:
+    logits = random_logits(kind, num_passes, num_seqs, vocab_size, g)
+    weights, settings = random_settings(num_seqs, g)
+    weights = weights[:num_passes]
+    if kind in ("plain", "bf16"):
+        # A pass of weight 0 was not run; its buffer may hold anything. (The domain pass is read
+        # all the same: alpha and the fallback need it.)
+        logits[1:] = torch.where(weights[1:, :, None] == 0, torch.nan, logits[1:])
+    stream_ids = torch.randint(-(2**62), 2**62, (num_seqs,), generator=g)
+    steps = torch.randint(2**31 - 1, (num_seqs,), generator=g).int()
+    return Case(logits, weights, settings, 2**64 - 2**40 - 5, stream_ids, steps)
+
+
+def reference_sample(case: Case) -> list[torch.Tensor]:
+    """What OUTPUTS names, by the definition."""
+    draw = {"seed": case.seed, "stream_ids": case.stream_ids, "steps": case.steps}
+    sampled = guided_sample(case.logits, case.weights, **case.settings, **draw)
+    parameters = prepare_parameters(**case.settings, vocab_size=case.logits.shape[2])
+    kept = nucleus(case.logits, case.weights, parameters)
+    return [*sampled, kept.num_kept, kept.total_mass]
+
+
+def assert_same(case: Case, results, expected, how: str, logprob_tolerance) -> None:
+    """All OUTPUTS bit for bit, but for logprobs: the logarithm of a quotient in fp64, rounded to
+    fp32, where libraries differ in the last bit of either.
+
+    logprob_tolerance: absolute, a number or one per row.
+    """
+    for output, got, wanted in zip(OUTPUTS, results, expected, strict=True):
+        tolerance = logprob_tolerance if output == "logprobs" else 0
+        is_wrong = ~((got - wanted).abs() <= tolerance)
+        if is_wrong.any():
+            row = int(is_wrong.nonzero()[0])
+            setting = {key: value[row].item() for key, value in case.settings.items()}
+            raise AssertionError(
+                f"{output} of {int(is_wrong.sum())} of {len(got)} rows, {how}, row {row}: "
+                f"got {got[row]}, expected {wanted[row]}, logits {list(case.logits.shape)}, "
+                f"weights {case.weights[:, row].tolist()}, {setting}"
+            )

@@ -14,10 +14,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from sampler_cases import KINDS, random_logits, random_settings
+from sampler_cases import KINDS, Case, assert_same, random_case, reference_sample
 from steer_engine.kernels.reference.guided_sample import (
-    guided_sample,
-    nucleus,
     prepare_parameters,
 )
 
@@ -27,7 +25,6 @@ if COMPILER is None or platform.machine() != "x86_64":
     pytest.skip("the emulator needs g++ and x86-64", allow_module_level=True)
 
 FULL = 65024  # Falcon's vocabulary
-NAMES = ("token_ids", "logprobs", "status", "num_kept", "total_mass")
 
 
 class Shape(NamedTuple):
@@ -70,33 +67,6 @@ def no_undefined_behaviour(capfd):
     assert "runtime error" not in capfd.readouterr().err
 
 
-class Case(NamedTuple):
-    logits: torch.Tensor
-    weights: torch.Tensor
-    settings: dict[str, torch.Tensor]
-    stream_ids: torch.Tensor
-    steps: torch.Tensor
-    seed: int = 2**64 - 2**40 - 5
-
-    def rows(self, rows) -> Case:
-        settings = {name: value[rows] for name, value in self.settings.items()}
-        logits, weights = self.logits[:, rows], self.weights[:, rows]
-        return Case(logits, weights, settings, self.stream_ids[rows], self.steps[rows], self.seed)
-
-
-def random_case(kind: str, num_seqs: int, vocab_size: int, g, num_passes: int = 3) -> Case:
-    logits = random_logits(kind, num_passes, num_seqs, vocab_size, g)
-    weights, settings = random_settings(num_seqs, g)
-    weights = weights[:num_passes]
-    # A pass of weight 0 was not run; its buffer may hold anything. (The domain pass is read all
-    # the same: alpha and the fallback need it.)
-    if kind in ("plain", "bf16"):
-        logits[1:] = torch.where(weights[1:, :, None] == 0, torch.nan, logits[1:])
-    stream_ids = torch.randint(-(2**62), 2**62, (num_seqs,), generator=g)
-    steps = torch.randint(2**31 - 1, (num_seqs,), generator=g).int()
-    return Case(logits, weights, settings, stream_ids, steps)
-
-
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
@@ -123,28 +93,10 @@ def sample(emulate, case: Case, shape: Shape) -> list[torch.Tensor]:
     return outputs
 
 
-def reference_sample(case: Case) -> list[torch.Tensor]:
-    draw = {"seed": case.seed, "stream_ids": case.stream_ids, "steps": case.steps}
-    sampled = guided_sample(case.logits, case.weights, **case.settings, **draw)
-    parameters = prepare_parameters(**case.settings, vocab_size=case.logits.shape[2])
-    kept = nucleus(case.logits, case.weights, parameters)
-    return [*sampled, kept.num_kept, kept.total_mass]
-
-
 def check(emulate, case: Case, shape: Shape, name: str, expected=None) -> None:
     expected = expected or reference_sample(case)
-    for output, got, wanted in zip(NAMES, sample(emulate, case, shape), expected, strict=True):
-        # The logarithm of a quotient in fp64, rounded to fp32: libraries differ in its last bit.
-        tolerance = 1e-6 if output == "logprobs" else 0
-        is_wrong = ~((got - wanted).abs() <= tolerance)
-        if is_wrong.any():
-            row = int(is_wrong.nonzero()[0])
-            setting = {key: value[row].item() for key, value in case.settings.items()}
-            raise AssertionError(
-                f"{output} of {int(is_wrong.sum())} of {len(got)} rows, {name}, {shape}, row "
-                f"{row}: got {got[row]}, expected {wanted[row]}, logits {list(case.logits.shape)}, "
-                f"weights {case.weights[:, row].tolist()}, {setting}"
-            )
+    results = sample(emulate, case, shape)
+    assert_same(case, results, expected, f"{name}, {shape}", logprob_tolerance=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,6 +160,7 @@ def test_a_sequence_does_not_depend_on_its_slot_or_its_neighbours(emulate):
         torch.cat([c.logits.float() for c in cases], dim=1),
         torch.cat([c.weights for c in cases], dim=1),
         {name: torch.cat([c.settings[name] for c in cases]) for name in cases[0].settings},
+        cases[0].seed,
         torch.cat([c.stream_ids for c in cases]),
         torch.cat([c.steps for c in cases]),
     )

@@ -15,9 +15,9 @@ import time
 
 import pytest
 import torch
-from sampler_cases import KINDS
+from sampler_cases import KINDS, Case, random_case, reference_sample
 from steer_engine.kernels.reference import prepare_parameters
-from test_guided_sample_triton import Case, check, random_case, reference_sample, whole_rows
+from test_guided_sample_triton import check, whole_rows
 from triton_interpreter import start_children
 
 from steer_engine import ops

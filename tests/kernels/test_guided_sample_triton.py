@@ -4,11 +4,9 @@ for bit, for every kind of row and every way of splitting it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
-from sampler_cases import KINDS, random_logits, random_settings
+from sampler_cases import KINDS, Case, assert_same, random_case, reference_sample
 from steer_engine.kernels.reference.guided_sample import (
     LOG2_E,
     STATUS_EMPTY,
@@ -16,7 +14,6 @@ from steer_engine.kernels.reference.guided_sample import (
     exp2_mass,
     guided_sample,
     multiply_high,
-    nucleus,
     prepare_parameters,
 )
 from steer_engine.kernels.reference.philox import random_bits
@@ -32,33 +29,6 @@ def whole_rows(vocab_size: int, num_rounds: int = 2) -> LaunchConfig:
     """One program and one block per row: the interpreter takes its time per operation."""
     block_size = max(16, 1 << (vocab_size - 1).bit_length())
     return LaunchConfig(1, num_rounds, block_size, block_size, block_size, block_size)
-
-
-class Case(NamedTuple):
-    logits: torch.Tensor
-    weights: torch.Tensor
-    settings: dict[str, torch.Tensor]
-    seed: int
-    stream_ids: torch.Tensor
-    steps: torch.Tensor
-
-    def rows(self, rows) -> Case:
-        settings = {name: value[rows] for name, value in self.settings.items()}
-        weights, logits = self.weights[:, rows], self.logits[:, rows]
-        return Case(logits, weights, settings, self.seed, self.stream_ids[rows], self.steps[rows])
-
-
-def random_case(kind: str, num_seqs: int, vocab_size: int, g, num_passes: int = 3) -> Case:
-    logits = random_logits(kind, num_passes, num_seqs, vocab_size, g)
-    weights, settings = random_settings(num_seqs, g)
-    weights = weights[:num_passes]
-    if kind in ("plain", "bf16"):
-        # A pass of weight 0 was not run; its buffer may hold anything. (The domain pass is read
-        # all the same: alpha and the fallback need it.)
-        logits[1:] = torch.where(weights[1:, :, None] == 0, torch.nan, logits[1:])
-    stream_ids = torch.randint(-(2**62), 2**62, (num_seqs,), generator=g)
-    steps = torch.randint(2**31 - 1, (num_seqs,), generator=g).int()
-    return Case(logits, weights, settings, 2**64 - 2**40 - 5, stream_ids, steps)
 
 
 def sample(case: Case, config: LaunchConfig) -> list[torch.Tensor]:
@@ -86,32 +56,12 @@ def sample(case: Case, config: LaunchConfig) -> list[torch.Tensor]:
     return [*sampled, scratch.num_kept, scratch.total_mass]
 
 
-def reference_sample(case: Case) -> list[torch.Tensor]:
-    draw = {"seed": case.seed, "stream_ids": case.stream_ids, "steps": case.steps}
-    sampled = guided_sample(case.logits, case.weights, **case.settings, **draw)
-    parameters = prepare_parameters(**case.settings, vocab_size=case.logits.shape[2])
-    kept = nucleus(case.logits, case.weights, parameters)
-    return [*sampled, kept.num_kept, kept.total_mass]
-
-
 def check(case: Case, config: LaunchConfig | None, name: str, expected=None, got=None) -> None:
     """Compare the kernels at this config, or what another backend got, with the reference."""
-    outputs = ("token_ids", "logprobs", "status", "num_kept", "total_mass")
     expected = expected or reference_sample(case)
     results = got or sample(case, config)
-    for output, got, wanted in zip(outputs, results, expected, strict=True):
-        # The logarithm of a quotient in fp64, rounded to fp32: numpy's and torch's may differ in
-        # the last bit of either.
-        tolerance = wanted.abs() * 2.0**-23 if output == "logprobs" else 0
-        is_wrong = ~((got - wanted).abs() <= tolerance)
-        if is_wrong.any():
-            row = int(is_wrong.nonzero()[0])
-            setting = {key: value[row].item() for key, value in case.settings.items()}
-            raise AssertionError(
-                f"{output} of {int(is_wrong.sum())} of {len(got)} rows, {name}, {config}, row "
-                f"{row}: got {got[row]}, expected {wanted[row]}, logits {list(case.logits.shape)}, "
-                f"weights {case.weights[:, row].tolist()}, {setting}"
-            )
+    one_ulp = expected[1].abs() * 2.0**-23
+    assert_same(case, results, expected, f"{name}, {config}", one_ulp)
 
 
 @pytest.mark.parametrize("kind", KINDS)
