@@ -356,9 +356,9 @@ class Engine:
 
         The host reads the tokens once, at the end. What a sequence draws behind its end is dropped.
         """
-        admitted = self.scheduler.admit()
+        self.scheduler.admit()
         with naming_settings("running a prompt", "set a smaller kv_cache_gib or max_num_seqs"):
-            self._prefill(admitted)
+            self._prefill()
         running = self.scheduler.running
         if not running:
             return []
@@ -382,15 +382,23 @@ class Engine:
     ) -> Iterator[DecodingSequence]:
         self.scheduler.waiting.extend(sequences)
         try:
-            while self.scheduler.waiting or self.scheduler.running:
+            while self.scheduler.num_queued:
                 yield from self.step(seed)
         finally:
             self.scheduler.reset()
 
-    def _prefill(self, admitted: list[DecodingSequence]) -> None:
-        for batch in self.scheduler.prefill_batches(admitted, self.config.max_prefill_tokens):
-            self.model.forward(batch, self.kv_cache)
-        self.kv_cache.copy_tails([p.allocation for s in admitted for p in s.passes])
+    def _prefill(self) -> None:
+        """Run the prompts of admitted sequences.
+
+        Where others are decoding, one forward at a time, so that they wait for no more than that.
+        """
+        is_decoding = bool(self.scheduler.running)
+        while prefill := self.scheduler.next_prefill(self.config.max_prefill_tokens):
+            if prefill.batch is not None:
+                self.model.forward(prefill.batch, self.kv_cache)
+            self.scheduler.start(prefill.complete)
+            if is_decoding:
+                break
 
     def _logits(self, rows: DecodeRows, head: HeadRows) -> torch.Tensor:
         residual = self.model.forward(rows.batch, self.kv_cache)
@@ -407,7 +415,8 @@ class Engine:
         self.scheduler.waiting.extend(sequences)
         try:
             while self.scheduler.waiting:
-                self._prefill(self.scheduler.admit())
+                self.scheduler.admit()
+                self._prefill()
                 rows = self.scheduler.decode_rows()
                 guidances = [s.guidance for s in self.scheduler.running]
                 head = self.model.head_rows(guidances, rows.passes, folds=False)

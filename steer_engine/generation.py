@@ -236,7 +236,7 @@ class DatasetRun:
     def _queue(self, next_index: int, num_written: int) -> int:
         """Queue examples while places are free and pools complete; returns the next index."""
         scheduler, request = self.engine.scheduler, self.request
-        places = scheduler.max_num_seqs - len(scheduler.running) - len(scheduler.waiting)
+        places = scheduler.max_num_seqs - scheduler.num_queued
         while (
             places > 0
             and next_index < request.num_examples

@@ -36,7 +36,7 @@ class EngineConfig:
             max_position_embeddings.
         kv_cache_gib: size of the KV cache; None: enough for max_num_seqs sequences of max_model_len
             with three passes, within 40 % of the free memory (90 % on a GPU).
-        max_prefill_tokens: prompt tokens per forward.
+        max_prefill_tokens: prompt tokens per forward; decoding waits for one such forward at most.
         fold_head: combine the passes in front of the LM head instead of behind it where that saves
             rows (head.py).
         steps_per_poll: decode steps between two looks of the host at the tokens; None: 8 on a GPU,

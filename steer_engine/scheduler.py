@@ -2,42 +2,89 @@
 
 A sequence's passes, up to three, start and end together: admission takes the cache blocks of all of
 them for the sequence's whole life, so a running sequence cannot run out of blocks; one that does
-not fit waits.
+not fit waits. What is admitted runs its prompts, in order and in pieces, before it decodes.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from .batch import Batch, DecodeRows, build_batch
 from .kv_cache import Allocation, KVCache
-from .sequence import DecodingSequence
+from .sequence import DecodingSequence, RunningPass
+
+
+@dataclass
+class _Prefilling:
+    """An admitted sequence and the tokens of its prompts that are not in the cache.
+
+    The last token of a prompt is left to the first decode step, which needs its logits.
+    """
+
+    sequence: DecodingSequence
+    tokens: deque[tuple[RunningPass, int]]
+
+    @classmethod
+    def of(cls, sequence: DecodingSequence) -> _Prefilling:
+        return cls(
+            sequence,
+            deque(
+                (running_pass, position)
+                for running_pass in sequence.passes
+                for position in range(
+                    running_pass.allocation.num_cached, len(running_pass.prompt_ids) - 1
+                )
+            ),
+        )
+
+
+class Prefill(NamedTuple):
+    """Prompt tokens of one forward.
+
+    batch: None where the prompts were cached already.
+    complete: sequences whose prompts end with it.
+    """
+
+    batch: Batch | None
+    complete: list[DecodingSequence]
 
 
 class Scheduler:
-    """Holds waiting and running sequences and the cache blocks of the running ones."""
+    """Holds the sequences, and the cache blocks of those that have been admitted.
+
+    waiting: not admitted.
+    running: decoding, their prompts are in the cache.
+    """
 
     def __init__(self, kv_cache: KVCache, max_num_seqs: int):
         self.kv_cache = kv_cache
         self.max_num_seqs = max_num_seqs
         self.waiting: deque[DecodingSequence] = deque()
         self.running: list[DecodingSequence] = []
+        self._prefilling: deque[_Prefilling] = deque()
         self._rows: DecodeRows | None = None  # of the running sequences, once a step has run
 
-    def admit(self) -> list[DecodingSequence]:
+    @property
+    def num_queued(self) -> int:
+        """Sequences that have not ended."""
+        return len(self.waiting) + self._num_admitted
+
+    @property
+    def _num_admitted(self) -> int:
+        return len(self._prefilling) + len(self.running)
+
+    def admit(self) -> None:
         """Move waiting sequences into free places, in order, as long as their blocks are free."""
-        admitted = []
-        while self.waiting and len(self.running) < self.max_num_seqs:
+        while self.waiting and self._num_admitted < self.max_num_seqs:
             if not self._allocate(self.waiting[0]):
-                assert self.running, (
+                assert self._num_admitted, (
                     "a sequence that fits an empty cache is checked before it is queued"
                 )
                 break
-            admitted.append(self.waiting.popleft())
-            self.running.append(admitted[-1])
-            self._rows = None
-        return admitted
+            self._prefilling.append(_Prefilling.of(self.waiting.popleft()))
 
     def retire(self) -> list[DecodingSequence]:
         """Remove the sequences that have a finish_reason and free their blocks."""
@@ -54,6 +101,7 @@ class Scheduler:
     def reset(self) -> None:
         """Drop all sequences and the cache's content, which an interrupt may leave unwritten."""
         self.waiting.clear()
+        self._prefilling.clear()
         self.running = []
         self._rows = None
         self.kv_cache.reset()
@@ -80,34 +128,43 @@ class Scheduler:
             running_pass.allocation = allocation
         return True
 
-    def prefill_batches(
-        self, admitted: Sequence[DecodingSequence], max_tokens: int
-    ) -> Iterator[Batch]:
-        """The prompts' tokens that are not cached yet, in admission order, cut into batches.
+    def next_prefill(self, max_tokens: int) -> Prefill | None:
+        """The next prompt tokens, at most max_tokens; None if all prompts are in the cache.
 
-        The last prompt token is left to the first decode step, which needs its logits. Order
-        matters: a sequence may share blocks that one before it writes in the same batch.
+        Call `start` with what is complete once the forward has run. Order matters: a sequence may
+        share blocks that one before it writes in the same batch or in an earlier one.
         """
-        tokens = [
-            (running_pass, position)
-            for sequence in admitted
-            for running_pass in sequence.passes
-            for position in range(
-                running_pass.allocation.num_cached, len(running_pass.prompt_ids) - 1
-            )
-        ]
-        for first in range(0, len(tokens), max_tokens):
-            chunk = tokens[first : first + max_tokens]
-            # Stable: the order within a weight set stays.
-            chunk.sort(key=lambda item: item[0].weight_set)
-            yield build_batch(
-                [p for p, _ in chunk],
-                [p.prompt_ids[position] for p, position in chunk],
-                [position for _, position in chunk],
-                block_size=self.kv_cache.block_size,
-                is_prefill=True,
-                device=self.kv_cache.k.device,
-            )
+        if not self._prefilling:
+            return None
+        chunk: list[tuple[RunningPass, int]] = []
+        complete: list[DecodingSequence] = []
+        while self._prefilling:
+            tokens = self._prefilling[0].tokens
+            while tokens and len(chunk) < max_tokens:
+                chunk.append(tokens.popleft())
+            if tokens:
+                break
+            complete.append(self._prefilling.popleft().sequence)
+        if not chunk:
+            return Prefill(None, complete)
+        # Stable: the order within a weight set stays.
+        chunk.sort(key=lambda item: item[0].weight_set)
+        batch = build_batch(
+            [p for p, _ in chunk],
+            [p.prompt_ids[position] for p, position in chunk],
+            [position for _, position in chunk],
+            block_size=self.kv_cache.block_size,
+            is_prefill=True,
+            device=self.kv_cache.k.device,
+        )
+        return Prefill(batch, complete)
+
+    def start(self, sequences: Sequence[DecodingSequence]) -> None:
+        """Let sequences decode whose prompts are in the cache."""
+        self.kv_cache.copy_tails([p.allocation for s in sequences for p in s.passes])
+        if sequences:
+            self.running += sequences
+            self._rows = None
 
     @property
     def most_steps_left(self) -> int:
