@@ -239,6 +239,11 @@ class FalconModel:
         return buffers.residual
 
     @property
+    def buffers(self) -> tuple[Buffers | None, torch.Tensor | None]:
+        """What forward and compute_logits write to, until they need more."""
+        return self._buffers, self._logits
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all weight matrices; a tied head counts once."""
         packed = [self.embedding, self.head, self.domain_embedding, self.domain_head]
