@@ -33,6 +33,7 @@ from .machine import (
     naming_settings,
     num_cache_blocks,
 )
+from .methods import Method, resolve
 from .negatives import NegativePrompts
 from .pair import ModelPair
 from .sampling import SamplingParams
@@ -138,6 +139,7 @@ class Engine:
         negative_prompts: Sequence[Prompt] | None = None,
         guidance: Guidance | None = None,
         sampling: SamplingParams | None = None,
+        method: str | Method | None = None,
         seed: int = 0,
     ) -> list[Completion]:
         """Continue each prompt.
@@ -149,12 +151,18 @@ class Engine:
             guidance: None: Guidance.recommended() if there is a domain model and negative_prompts
                 are given, else Guidance.none().
             sampling: None: SamplingParams().
+            method: how to decode, a name or Method.of(name, ...), in place of guidance. It also
+                decides temperature, top_p and top_k, see methods.resolve.
             seed: int in [0, 2**64).
         Returns: completions in the order of the prompts; prompt i draws from stream i of the seed.
         Raises:
             ValueError: arguments do not fit each other or the model.
             CapacityError: a prompt can never fit the cache.
         """
+        if method is not None:
+            method, sampling = resolve(method, guidance, sampling)
+            method.check_passes(has_negative_prompts=negative_prompts is not None)
+            guidance = method.guidance
         sequences = self._sequences(prompts, negative_prompts, guidance, sampling, seed)
         finished: dict[int, DecodingSequence] = {}
         for done in self._decode(sequences, seed):
@@ -210,6 +218,7 @@ class Engine:
         guidance: Guidance | None = None,
         negatives: NegativePrompts | None = None,
         sampling: SamplingParams | None = None,
+        method: str | Method | None = None,
         accept: Callable[[str], bool] | None = None,
         max_attempts: int = 10,
         until: Convergence | None = None,
@@ -229,6 +238,9 @@ class Engine:
             guidance: None: Guidance.recommended(), or Guidance.none() without a domain model.
             negatives: None: NegativePrompts().
             sampling: None: SamplingParams(top_p=0.9).
+            method: as in `generate`. Where it draws nothing at random (greedy), the data set may
+                not be larger than the number of prompts, unless every example has real ones in
+                front of its prompt: Method.of("greedy", in_context=True).
             accept: called with each text; False draws the example again.
             max_attempts: draws per example in all, after rejections and failed draws.
             until: stop early once the data set has converged.
@@ -245,6 +257,11 @@ class Engine:
                 many draws met NaN or infinite logits.
             CapacityError: an example can never fit the cache.
         """
+        if method is not None:
+            method, sampling = resolve(method, guidance, sampling)
+            guidance = method.guidance
+            # Another attempt would end alike.
+            max_attempts = 1 if method.is_deterministic else max_attempts
         if guidance is None:
             guidance = Guidance.recommended() if self.has_domain else Guidance.none()
         self._check_guidance(guidance)
@@ -260,6 +277,8 @@ class Engine:
             until=until,
             seed=seed,
         )
+        if method is not None:
+            method.check_data_set(num_examples, request.prompts, real, request.negatives)
         run = DatasetRun(self, request, real)
         try:
             return run.execute(output, resume=resume, progress=progress)
