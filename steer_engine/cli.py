@@ -144,7 +144,7 @@ def generate(
         "resume": values["resume"],
         "progress": values["progress"],
     }
-    err.print(f"guidance: {request['method'].guidance.describe()}", markup=False)
+    err.print(f"guidance: {request['method'].describe()}", markup=False)
     check_output(values["output"], values["resume"])
     machine = ("device", "dtype", "backend", "max_num_seqs", "max_model_len", "kv_cache_gib")
     engine = Engine.from_pretrained(

@@ -5,6 +5,7 @@
     temperature         (1, 0, 0)                                drawn at `temperature`
     top_k               (1, 0, 0)                                drawn from the `top_k` likeliest
     nucleus             (1, 0, 0)                                drawn from mass `top_p`
+    contrastive_search  (1, 0, 0)                                searched for, nothing is drawn
     contrastive         (1, -gamma, 0)                           as nucleus
     negative            (1, 0, -eta) or (eta, 0, 1 - eta)        as nucleus
     cfg                 (scale, 0, 1 - scale)                    as nucleus
@@ -22,14 +23,14 @@ Sources: STEER, O'Neill et al. 2023 (arXiv:2308.07645); top-k, Fan et al. 2018 (
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import check_number, nearest_hint
 from .guidance import Guidance, PassKind
 from .negatives import NegativePrompts
-from .sampling import SamplingParams
+from .sampling import ContrastiveSearch, SamplingParams
 
 # What a method says about SamplingParams; its other fields are about length and endings.
 SHAPE = ("temperature", "top_p", "top_k")
@@ -58,12 +59,14 @@ class _Rule:
     guide: Guidance of the parameters that it takes.
     fixed: fields of SamplingParams that are not for the caller to choose.
     needs_domain: whether it compares a domain model with its base.
+    searches: whether its parameters are those of ContrastiveSearch.
     """
 
     parameters: dict[str, Any]
     guide: Callable[..., Guidance] = Guidance.none
     fixed: dict[str, Any] = field(default_factory=dict)
     needs_domain: bool = False
+    searches: bool = False
 
 
 _ONE_PASS = {"in_context": False}
@@ -74,6 +77,7 @@ _RULES = {
     "temperature": _Rule({"temperature": 1.0, **_ONE_PASS}),
     "top_k": _Rule({"top_k": 50, "temperature": 1.0, **_ONE_PASS}),
     "nucleus": _Rule({"top_p": 0.9, "temperature": 1.0, **_ONE_PASS}),
+    "contrastive_search": _Rule({**asdict(ContrastiveSearch()), **_ONE_PASS}, searches=True),
     "contrastive": _Rule({"gamma": 0.2, **_GUIDED}, Guidance.contrastive, needs_domain=True),
     "negative": _Rule({"eta": 0.2, "form": "released", **_GUIDED}, negative_prompting),
     "cfg": _Rule({"scale": 1.5, **_GUIDED}, Guidance.cfg),
@@ -96,6 +100,7 @@ class Method:
         name: one of METHODS.
         guidance: how the passes are combined.
         temperature, top_p, top_k: as in SamplingParams.
+        search: of method contrastive_search, whose tokens are not drawn.
     """
 
     name: str
@@ -103,15 +108,16 @@ class Method:
     temperature: float
     top_p: float
     top_k: int
+    search: ContrastiveSearch | None = None
 
     @classmethod
     def of(cls, name: str, **parameters) -> Method:
         """A method by name; hyphens and underscores are the same.
 
-        parameters: of gamma, eta, form, scale, alpha, normalize, temperature, top_p, top_k those
-            that the method takes (see `defaults`); and in_context, for methods of one pass: the
-            model continues the text of the negative prompt, examples and prompt, in place of the
-            prompt alone.
+        parameters: of gamma, eta, form, scale, alpha, normalize, temperature, top_p, top_k,
+            penalty_alpha those that the method takes (see `defaults`); and in_context, for methods
+            of one pass: the model continues the text of the negative prompt, examples and prompt,
+            in place of the prompt alone.
         Raises: ValueError for an unknown method (with the nearest one), a parameter that has no
             meaning with it, and a value out of range.
         """
@@ -122,19 +128,32 @@ class Method:
         values = rule.parameters | parameters | rule.fixed
         if name == "top_k":
             check_number("top_k", values["top_k"], low=1, is_int=True)
+        search = None
+        if rule.searches:
+            search = ContrastiveSearch(values.pop("top_k"), values.pop("penalty_alpha"))
         shape = _OFF | {key: values[key] for key in SHAPE if key in values}
         SamplingParams(**shape)  # refuses what is out of range
-        return cls(name, _guidance(rule, values), **shape)
+        return cls(name, _guidance(rule, values), **shape, search=search)
 
     @property
     def shape(self) -> dict[str, Any]:
         """The fields of SamplingParams that the method decides."""
         return {name: getattr(self, name) for name in SHAPE}
 
+    def describe(self) -> str:
+        """One line for people: the guidance, and the search if there is one."""
+        shown = self.guidance.describe()
+        if self.search is None:
+            return shown
+        return (
+            f"{shown}; contrastive search, top_k {self.search.top_k}, "
+            f"penalty_alpha {self.search.penalty_alpha:g}"
+        )
+
     @property
     def is_deterministic(self) -> bool:
         """Whether the same prompts give the same text, whatever the seed."""
-        return self.temperature == 0 or self.top_k == 1
+        return self.search is not None or self.temperature == 0 or self.top_k == 1
 
     def check_passes(self, *, has_negative_prompts: bool) -> None:
         """Raise ValueError if negative prompts are given and no pass reads them."""
@@ -217,10 +236,11 @@ def resolve(
         name: getattr(sampling, name) for name in SHAPE if getattr(sampling, name) != _OFF[name]
     }
     if isinstance(method, Method):
+        own = method.shape | ({"top_k": method.search.top_k} if method.search else {})
         for name, value in given.items():
-            if value != getattr(method, name):
+            if value != own[name]:
                 raise ValueError(
-                    f"sampling has {name} {value:g}, method {method.name} {getattr(method, name):g}"
+                    f"sampling has {name} {value:g}, method {method.name} {own[name]:g}"
                 )
     else:
         method = Method.of(method, **given)

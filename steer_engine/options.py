@@ -21,7 +21,9 @@ from .methods import METHODS, PARAMETERS, Method
 from .negatives import AS_MANY_AS_FIT, NegativePrompts
 from .sampling import SamplingParams
 
-_steer, _cfg, _top_k = map(methods.defaults, ("steer", "cfg", "top_k"))
+_steer, _cfg, _top_k, _search = map(
+    methods.defaults, ("steer", "cfg", "top_k", "contrastive_search")
+)
 _machine = EngineConfig()
 _sampling = SamplingParams()
 _negatives = NegativePrompts()
@@ -89,8 +91,15 @@ OPTIONS = (
         "top_k",
         int,
         None,
-        "Tokens kept before top-p.",
-        f"{_top_k['top_k']} with method top-k, else off",
+        "Tokens kept before top-p, or the candidates of contrastive-search.",
+        f"{_top_k['top_k']} with top-k, {_search['top_k']} with contrastive-search, else off",
+    ),
+    Option(
+        "penalty_alpha",
+        float,
+        None,
+        "Weight of contrastive-search's degeneration penalty.",
+        f"{_search['penalty_alpha']}",
     ),
     Option("max_tokens", int, _sampling.max_tokens, "Longest example in tokens."),
     Option("min_tokens", int, _sampling.min_tokens, "No example ends before so many tokens."),

@@ -220,6 +220,7 @@ def test_without_a_domain_model_plain_nucleus_sampling_is_used(capsys, pair, tmp
         (["top_k", "--top-k", 7, "--temperature", 0.5], (1, 0, 0), (0.5, 1.0, 7)),
         (["temperature", "--temperature", 1.2], (1, 0, 0), (1.2, 1.0, 0)),
         (["greedy", "--in-context"], (0, 0, 1), (0.0, 1.0, 0)),
+        (["contrastive-search", "--in-context", "--top-k", 3], (0, 0, 1), (1.0, 1.0, 0)),
         (["contrastive", "--gamma", 0.5], (1, -0.5, 0), (1.0, 0.9, 0)),
         (["negative", "--eta", 0.5], (1, 0, -0.5), (1.0, 0.9, 0)),
         (["cfg", "--top-p", 1], (1.5, 0, -0.5), (1.0, 1.0, 0)),
@@ -233,6 +234,8 @@ def test_a_method_by_name_reaches_the_run(capsys, pair, real, tmp_path, more, we
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert tuple(run["guidance"][name] for name in ("domain", "base", "negative")) == weights
     assert tuple(run["sampling"][name] for name in ("temperature", "top_p", "top_k")) == shape
+    if "contrastive-search" in more:
+        assert run["search"] == {"top_k": 3, "penalty_alpha": 0.6}
 
 
 @pytest.mark.parametrize("missing", ["base", "num-examples", "output"])
