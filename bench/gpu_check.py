@@ -156,7 +156,7 @@ def check_draws(report, device: torch.device, backends, num_seqs: int, num_steps
 
 def check_engine(backend: str, device: torch.device) -> str:
     """The engine writes the same texts with captured steps as with single launches."""
-    from gpu_report import require
+    from gpu_sampler import require
 
     from steer_engine import embedded
 

@@ -29,7 +29,7 @@ from .errors import SteerError
 from .machine import available_bytes, has_fast_bf16, max_cache_bytes
 from .options import (
     OPTIONS,
-    build_guidance,
+    build_method,
     build_negatives,
     build_prompts,
     build_sampling,
@@ -136,7 +136,7 @@ def generate(
         "prompt": build_prompts(values),
         "num_examples": values["num_examples"],
         "real": values["real"],
-        "guidance": build_guidance(values),
+        "method": build_method(values),
         "negatives": build_negatives(values),
         "sampling": build_sampling(values),
         "max_attempts": values["max_attempts"],
@@ -146,7 +146,7 @@ def generate(
         "resume": values["resume"],
         "progress": values["progress"],
     }
-    err.print(f"guidance: {request['guidance'].describe()}", markup=False)
+    err.print(f"guidance: {request['method'].describe()}", markup=False)
     check_output(values["output"], values["resume"])
     machine = ("device", "dtype", "backend", "max_num_seqs", "max_model_len", "kv_cache_gib")
     engine = Engine.from_pretrained(

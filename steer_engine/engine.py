@@ -2,7 +2,7 @@
 
 One step: the scheduler admits sequences, the model prefills their prompts, then every running
 sequence's passes are stacked into one batch, run through the model, and one token per sequence is
-drawn from the combined logits.
+drawn from the combined logits. Sequences of contrastive search step beside them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from . import ops, sampler
 from .batch import DecodeRows
+from .contrastive_search import ContrastiveSearcher
 from .dataset import SyntheticDataset, is_unicode
 from .decode_graphs import DecodeGraphs
 from .errors import CapacityError
@@ -34,9 +35,10 @@ from .machine import (
     naming_settings,
     num_cache_blocks,
 )
+from .methods import Method, resolve
 from .negatives import NegativePrompts
 from .pair import ModelPair
-from .sampling import SamplingParams
+from .sampling import ContrastiveSearch, SamplingParams
 from .scheduler import Scheduler
 from .sequence import FINISH_LENGTH, DecodingSequence
 
@@ -49,7 +51,7 @@ class Completion:
 
     finish_reason: "stop", "eos", "length", or "error" where a NaN or infinite logit ended it.
     logprobs: of the drawn tokens, under the distribution they were drawn from (after guidance,
-        temperature, top-k and top-p).
+        temperature, top-k and top-p); with contrastive search, under the model's.
     """
 
     text: str
@@ -88,6 +90,7 @@ class Engine:
             num_blocks = num_cache_blocks(self.config, self.model_config)
             self.kv_cache = KVCache(self.model_config, num_blocks, BLOCK_SIZE, dtype, device)
         self.scheduler = Scheduler(self.kv_cache, self.config.max_num_seqs)
+        self._searcher = ContrastiveSearcher(self.model, self.kv_cache)
         self._sampler = sampler.Sampler(
             self.config.backend, folds_head=self.config.fold_head, model=self.model
         )
@@ -147,6 +150,7 @@ class Engine:
         negative_prompts: Sequence[Prompt] | None = None,
         guidance: Guidance | None = None,
         sampling: SamplingParams | None = None,
+        method: str | Method | None = None,
         seed: int = 0,
     ) -> list[Completion]:
         """Continue each prompt.
@@ -158,13 +162,21 @@ class Engine:
             guidance: None: Guidance.recommended() if there is a domain model and negative_prompts
                 are given, else Guidance.none().
             sampling: None: SamplingParams().
+            method: how to decode, a name or Method.of(name, ...), in place of guidance. It also
+                decides temperature, top_p and top_k, see methods.resolve.
             seed: int in [0, 2**64).
         Returns: completions in the order of the prompts; prompt i draws from stream i of the seed.
         Raises:
             ValueError: arguments do not fit each other or the model.
             CapacityError: a prompt can never fit the cache.
         """
-        sequences = self._sequences(prompts, negative_prompts, guidance, sampling, seed)
+        if method is not None:
+            method, sampling = resolve(method, guidance, sampling)
+            method.check_passes(has_negative_prompts=negative_prompts is not None)
+            guidance = method.guidance
+        sequences = self._sequences(
+            prompts, negative_prompts, guidance, sampling, seed, method and method.search
+        )
         finished: dict[int, DecodingSequence] = {}
         for done in self._decode(sequences, seed):
             finished[done.key] = done
@@ -219,6 +231,7 @@ class Engine:
         guidance: Guidance | None = None,
         negatives: NegativePrompts | None = None,
         sampling: SamplingParams | None = None,
+        method: str | Method | None = None,
         accept: Callable[[str], bool] | None = None,
         max_attempts: int = 10,
         until: Convergence | None = None,
@@ -238,6 +251,9 @@ class Engine:
             guidance: None: Guidance.recommended(), or Guidance.none() without a domain model.
             negatives: None: NegativePrompts().
             sampling: None: SamplingParams(top_p=0.9).
+            method: as in `generate`. Where it draws nothing at random (greedy, contrastive_search),
+                the data set may not be larger than the number of prompts, unless every example has
+                real ones in front of its prompt: Method.of("greedy", in_context=True).
             accept: called with each text; False draws the example again.
             max_attempts: draws per example in all, after rejections and failed draws.
             until: stop early once the data set has converged.
@@ -254,6 +270,11 @@ class Engine:
                 many draws met NaN or infinite logits.
             CapacityError: an example can never fit the cache.
         """
+        if method is not None:
+            method, sampling = resolve(method, guidance, sampling)
+            guidance = method.guidance
+            # Another attempt would end alike.
+            max_attempts = 1 if method.is_deterministic else max_attempts
         if guidance is None:
             guidance = Guidance.recommended() if self.has_domain else Guidance.none()
         self._check_guidance(guidance)
@@ -268,7 +289,10 @@ class Engine:
             max_attempts=max_attempts,
             until=until,
             seed=seed,
+            search=method and method.search,
         )
+        if method is not None:
+            method.check_data_set(num_examples, request.prompts, real, request.negatives)
         run = DatasetRun(self, request, real)
         try:
             return run.execute(output, resume=resume, progress=progress)
@@ -294,6 +318,7 @@ class Engine:
         prompts: dict[PassKind, list[int]],
         guidance: Guidance,
         sampling: SamplingParams,
+        search: ContrastiveSearch | None = None,
     ) -> DecodingSequence:
         """A sequence ready to be queued. Raises ValueError or CapacityError if it can never run."""
         outside = [i for i in sampling.stop_token_ids if i >= self.model_config.vocab_size]
@@ -302,7 +327,7 @@ class Engine:
                 f"stop_token_ids must be in [0, {self.model_config.vocab_size}), got {outside[0]}"
             )
         sequence = DecodingSequence(
-            key, stream_id, prompts, guidance, sampling, self.tokenizer, self.eos_token_ids
+            key, stream_id, prompts, guidance, sampling, self.tokenizer, self.eos_token_ids, search
         )
         for running_pass in sequence.passes:
             length = len(running_pass.prompt_ids) + sampling.max_tokens
@@ -364,14 +389,22 @@ class Engine:
     def step(self, seed: int) -> list[DecodingSequence]:
         """Draw steps_per_poll tokens for every running sequence; returns those that ended.
 
-        The host reads the tokens once, at the end. What a sequence draws behind its end is dropped.
+        A sequence whose tokens are searched for gets one token in that time.
         """
         self.scheduler.admit()
         with naming_settings("running a prompt", "set a smaller kv_cache_gib or max_num_seqs"):
             self._prefill()
-        running = self.scheduler.running
+        self._draw(self.scheduler.drawing, seed)
+        self._searcher.step(self.scheduler.searching)
+        return self.scheduler.retire()
+
+    def _draw(self, running: list[DecodingSequence], seed: int) -> None:
+        """Draw steps_per_poll tokens for each of the drawing sequences.
+
+        The host reads the tokens once, at the end. What a sequence draws behind its end is dropped.
+        """
         if not running:
-            return []
+            return
         rows = self.scheduler.decode_rows()
         draw = self._sampler.prepare(rows, running)
 
@@ -390,7 +423,6 @@ class Engine:
                 if sequence.finish_reason is None:
                     sequence.append(*token)
         draw.num_ahead = 0
-        return self.scheduler.retire()
 
     def _decode(
         self, sequences: Sequence[DecodingSequence], seed: int
@@ -411,6 +443,8 @@ class Engine:
         while prefill := self.scheduler.next_prefill(self.config.max_prefill_tokens):
             if prefill.batch is not None:
                 self.model.forward(prefill.batch, self.kv_cache)
+            searching = [s for s in prefill.complete if s.search is not None]
+            self._searcher.prefill(searching, self.config.max_prefill_tokens)
             self.scheduler.start(prefill.complete)
             if is_decoding:
                 break
@@ -443,7 +477,7 @@ class Engine:
             self.scheduler.reset()
 
     def _sequences(
-        self, prompts, negative_prompts, guidance, sampling, seed: int
+        self, prompts, negative_prompts, guidance, sampling, seed: int, search=None
     ) -> list[DecodingSequence]:
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of prompts, got one str; write [prompt]")
@@ -471,7 +505,7 @@ class Engine:
                     negative_prompts[i], f"negative_prompts[{i}]"
                 )
             sequences.append(
-                self.make_sequence(i, i, per_pass, guidance, sampling or SamplingParams())
+                self.make_sequence(i, i, per_pass, guidance, sampling or SamplingParams(), search)
             )
         return sequences
 

@@ -21,7 +21,8 @@ from .sequence import DecodingSequence, RunningPass
 class _Prefilling:
     """An admitted sequence and the tokens of its prompts that are not in the cache.
 
-    The last token of a prompt is left to the first decode step, which needs its logits.
+    The last token of a prompt is left to the first decode step, which needs its logits. A search
+    runs its prompt itself.
     """
 
     sequence: DecodingSequence
@@ -34,6 +35,7 @@ class _Prefilling:
             deque(
                 (running_pass, position)
                 for running_pass in sequence.passes
+                if sequence.search is None
                 for position in range(
                     running_pass.allocation.num_cached, len(running_pass.prompt_ids) - 1
                 )
@@ -76,6 +78,16 @@ class Scheduler:
     def _num_admitted(self) -> int:
         return len(self._prefilling) + len(self.running)
 
+    @property
+    def drawing(self) -> list[DecodingSequence]:
+        """The running sequences whose tokens are drawn."""
+        return [s for s in self.running if s.search is None]
+
+    @property
+    def searching(self) -> list[DecodingSequence]:
+        """The running sequences whose tokens are searched for."""
+        return [s for s in self.running if s.search is not None]
+
     def admit(self) -> None:
         """Move waiting sequences into free places, in order, as long as their blocks are free."""
         while self.waiting and self._num_admitted < self.max_num_seqs:
@@ -94,6 +106,7 @@ class Scheduler:
         self._rows = None
         self.running = [s for s in self.running if s.finish_reason is None]
         for sequence in finished:
+            sequence.search_state = None  # large, and who called may keep the sequence
             for running_pass in sequence.passes:
                 self.kv_cache.free(running_pass.allocation)
         return finished
@@ -109,17 +122,25 @@ class Scheduler:
     def blocks_needed(self, sequence: DecodingSequence) -> int:
         """Blocks that the sequence takes if nothing is shared."""
         return sum(
-            self.kv_cache.blocks_needed(len(p.prompt_ids) - 1 + sequence.sampling.max_tokens)
-            for p in sequence.passes
+            self.kv_cache.blocks_needed(self._num_slots(sequence, p)) for p in sequence.passes
         )
+
+    def _num_slots(self, sequence: DecodingSequence, running_pass: RunningPass) -> int:
+        """Slots of the cache that a pass takes."""
+        num_tokens = sequence.num_cached_tokens(running_pass)
+        if sequence.search is None:
+            return num_tokens
+        # Every candidate but the first has a block of its own behind those of the sequence.
+        num_blocks = self.kv_cache.blocks_needed(num_tokens) + sequence.search.top_k - 1
+        return num_blocks * self.kv_cache.block_size
 
     def _allocate(self, sequence: DecodingSequence) -> bool:
         taken: list[Allocation] = []
         for running_pass in sequence.passes:
-            prefix = running_pass.prompt_ids[:-1]
-            # The last drawn token is never fed back, so it needs no slot.
-            num_tokens = len(prefix) + sequence.sampling.max_tokens
-            allocation = self.kv_cache.allocate(running_pass.weight_set, prefix, num_tokens)
+            # A search needs the hidden states of its whole prompt, which no cache holds.
+            prefix = running_pass.prompt_ids[:-1] if sequence.search is None else ()
+            num_slots = self._num_slots(sequence, running_pass)
+            allocation = self.kv_cache.allocate(running_pass.weight_set, prefix, num_slots)
             if allocation is None:
                 for earlier in reversed(taken):
                     self.kv_cache.discard(earlier)
@@ -168,12 +189,12 @@ class Scheduler:
 
     @property
     def most_steps_left(self) -> int:
-        """Tokens that the running sequence with the most to go may still draw."""
-        return max(s.sampling.max_tokens - s.step for s in self.running)
+        """Tokens that the sequence with the most to go may still draw."""
+        return max(s.sampling.max_tokens - s.step for s in self.drawing)
 
     def decode_rows(self) -> DecodeRows:
-        """One token of every pass of every running sequence; the caller advances it each step."""
+        """One token of every pass of every drawing sequence; the caller advances it each step."""
         if self._rows is None:
             cache = self.kv_cache
-            self._rows = DecodeRows.build(self.running, cache.block_size, cache.k.device)
+            self._rows = DecodeRows.build(self.drawing, cache.block_size, cache.k.device)
         return self._rows
