@@ -80,7 +80,7 @@ def classification(
 
     Raises: DataError if texts and labels differ in number, either set has fewer than two labels, or
         a real label has fewer texts than there are splits. ValueError if num_splits is under 2.
-    Source: O'Neill et al. 2023 (STEER) train a classifier on the synthetic comments.
+    Source: the task, O'Neill et al. 2023 (STEER); the classifier is chosen here.
     """
     synthetic = _labelled("synthetic", synthetic_texts, synthetic_labels)
     real = _labelled("real", real_texts, real_labels)
@@ -118,8 +118,7 @@ def multiple_choice(
         embed: texts to [num_texts, num_dims]; called once for all different stems and choices.
     Raises: DataError if there are no synthetic questions, or fewer real ones than splits.
         ValueError if num_splits is under 2.
-    Source: O'Neill et al. 2023 (STEER) fine-tune a language model on the synthetic questions; this
-        scorer costs seconds, and its accuracy is lower.
+    Source: the task, O'Neill et al. 2023 (STEER); the scorer is chosen here, to take seconds.
     """
     if not synthetic or len(real) < num_splits:
         raise DataError(
@@ -148,7 +147,7 @@ def _compare(
 
     check_number("num_splits", num_splits, low=2, is_int=True)
     rng = np.random.default_rng(seed)
-    folds = StratifiedKFold(num_splits, shuffle=True, random_state=seed)
+    folds = StratifiedKFold(num_splits, shuffle=True, random_state=seed % 2**32)
     splits = list(folds.split(real_strata, real_strata))
     train_size = min(len(synthetic.labels), *(len(train) for train, _ in splits))
     scores = []
