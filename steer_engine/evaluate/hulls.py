@@ -68,7 +68,7 @@ def reduce(
             min_dist=UMAP_MIN_DIST,
             # UMAP's own cosine goes through Python for each pair of points.
             metric="euclidean",
-            random_state=seed,
+            random_state=seed % 2**32,  # numpy's RandomState takes no more bits
             n_jobs=1,
         )
         points = mapper.fit_transform(np.concatenate(sets).astype(np.float32))

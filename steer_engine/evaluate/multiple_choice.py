@@ -32,7 +32,8 @@ def parse(text: str) -> Question | None:
 
     Line ends and runs of spaces count as one space. Strict: every part is there once, in order and
     not empty, the answer is the letter alone at the end, and no two choices are equal (but for
-    case). A lone `A. ` to `F. ` within a part makes the text ambiguous, so it is None too.
+    case; 1.3 % of CommonsenseQA's own questions repeat one). A lone `A. ` to `F. ` within a part
+    makes the text ambiguous, so it is None too.
     """
     text = " ".join(text.split())
     answer = _ANSWER.search(text)

@@ -20,21 +20,6 @@ class ManifoldScores(NamedTuple):
     coverage: float
 
 
-class Memberships(NamedTuple):
-    """The scores point by point; each score is the mean of its array.
-
-    is_precise: bool [num_synthetic], in some real ball.
-    is_recalled: bool [num_real], in some synthetic ball.
-    density: float [num_synthetic], real balls around the point, divided by k.
-    is_covered: bool [num_real], whether some synthetic point is in the point's ball.
-    """
-
-    is_precise: np.ndarray
-    is_recalled: np.ndarray
-    density: np.ndarray
-    is_covered: np.ndarray
-
-
 def manifold_scores(real: np.ndarray, synthetic: np.ndarray, k: int = 5) -> ManifoldScores:
     """Precision, recall, density and coverage of synthetic against real points.
 
@@ -55,26 +40,25 @@ def manifold_scores(real: np.ndarray, synthetic: np.ndarray, k: int = 5) -> Mani
     Source: precision and recall, Kynkäänniemi et al. 2019 (arXiv:1904.06991); density and coverage,
         Naeem et al. 2020 (arXiv:2002.09797).
     """
-    return ManifoldScores(*(float(m.mean()) for m in memberships(real, synthetic, k)))
-
-
-def memberships(real: np.ndarray, synthetic: np.ndarray, k: int = 5) -> Memberships:
-    """What manifold_scores averages; see there for arguments and errors."""
     real, synthetic = as_pair(real, synthetic)
     num_points = min(len(real), len(synthetic))
     if num_points < 2:
         raise ValueError(f"real and synthetic need at least 2 points each, got {num_points}")
     check_number("k", k, low=1, high=num_points - 1, is_int=True)
     real_radii, synthetic_radii = _radii(real, k), _radii(synthetic, k)
-    num_balls = np.zeros(len(synthetic))
-    is_recalled = np.empty(len(real), dtype=bool)
-    is_covered = np.empty(len(real), dtype=bool)
+    num_balls = np.zeros(len(synthetic))  # real balls around each synthetic point
+    num_recalled = num_covered = 0
     for rows in _blocks(len(real)):
         distances = _distances(real[rows], synthetic)
         num_balls += (distances < real_radii[rows, None]).sum(axis=0)
-        is_recalled[rows] = (distances < synthetic_radii).any(axis=1)
-        is_covered[rows] = distances.min(axis=1) < real_radii[rows]
-    return Memberships(num_balls > 0, is_recalled, num_balls / k, is_covered)
+        num_recalled += (distances < synthetic_radii).any(axis=1).sum()
+        num_covered += (distances.min(axis=1) < real_radii[rows]).sum()
+    return ManifoldScores(
+        precision=float((num_balls > 0).mean()),
+        recall=float(num_recalled / len(real)),
+        density=float(num_balls.mean() / k),
+        coverage=float(num_covered / len(real)),
+    )
 
 
 def _radii(points: np.ndarray, k: int) -> np.ndarray:

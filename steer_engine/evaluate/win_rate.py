@@ -136,7 +136,7 @@ def z_test(wins: int, losses: int) -> tuple[float, float]:
 
     Ties are left out, as in the sign test. Votes count as independent: where several judges see
     the same pairs, they are less than that, and p is too small. The normal approximation wants
-    about ten votes on each side.
+    about ten votes on each side; wins + losses must not be 0.
     """
     num_votes = wins + losses
     z = (wins - losses) / math.sqrt(num_votes)
@@ -147,7 +147,8 @@ def z_test(wins: int, losses: int) -> tuple[float, float]:
 def wilson_interval(wins: int, losses: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The win rate's Wilson score interval: all rates that a two-sided Z-test would not reject.
 
-    Source: Wilson 1927; it keeps within [0, 1] and holds for few votes.
+    wins + losses must not be 0. It keeps within [0, 1] and holds for few votes.
+    Source: Wilson 1927.
     """
     num_votes = wins + losses
     z = NormalDist().inv_cdf((1 + confidence) / 2)

@@ -8,6 +8,9 @@ from vendi_score import vendi
 
 from steer_engine.evaluate.vendi import vendi_score
 
+# The oracle uses a namespace that scipy gives up.
+pytestmark = pytest.mark.filterwarnings("ignore:Please import `csr_matrix`:DeprecationWarning")
+
 
 @pytest.mark.parametrize(
     ("num_texts", "num_dims"), [(1, 4), (5, 40), (40, 40), (41, 40), (300, 20)]

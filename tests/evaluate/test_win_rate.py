@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -220,12 +221,15 @@ def test_a_small_p_value_does_not_round_to_zero():
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
-    previous, sys.argv = sys.argv, ["steer-engine", *map(str, arguments)]
+    """Run the command line in this process; exit status, standard output, standard error."""
+    previous = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = ["steer-engine", *map(str, arguments)]
     try:
         with pytest.raises(SystemExit) as stopped:
             cli.main()
     finally:
-        sys.argv = previous
+        sys.argv = previous[0]
+        signal.signal(signal.SIGTERM, previous[1])
     captured = capsys.readouterr()
     return stopped.value.code or 0, captured.out, captured.err
 
