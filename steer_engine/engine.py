@@ -16,9 +16,10 @@ import torch
 
 from . import sampler
 from .batch import DecodeRows
+from .convergence import Convergence
 from .dataset import SyntheticDataset, is_unicode
 from .errors import CapacityError
-from .generation import Convergence, DatasetRequest, DatasetRun
+from .generation import DatasetRequest, DatasetRun
 from .guidance import Guidance, PassKind
 from .head import HeadRows
 from .kernels.reference import Sampled

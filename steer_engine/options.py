@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from .convergence import Convergence
 from .errors import nearest_hint
-from .generation import Convergence
 from .guidance import Guidance
 from .machine import EngineConfig
 from .negatives import AS_MANY_AS_FIT, NegativePrompts

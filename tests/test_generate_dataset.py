@@ -20,7 +20,8 @@ from steer_engine import (
     SamplingParams,
     SyntheticDataset,
 )
-from steer_engine.generation import INDEX_BITS, ConvergenceTest
+from steer_engine.convergence import ConvergenceTest
+from steer_engine.generation import INDEX_BITS
 from steer_engine.guidance import PassKind
 
 PROMPT = "Ask a question:"
