@@ -8,11 +8,11 @@ not fit waits.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .batch import Batch, DecodeRows, build_batch
 from .kv_cache import Allocation, KVCache
-from .sequence import DecodingSequence
+from .sequence import FINISH_DROPPED, DecodingSequence
 
 
 class Scheduler:
@@ -50,6 +50,14 @@ class Scheduler:
             for running_pass in sequence.passes:
                 self.kv_cache.free(running_pass.allocation)
         return finished
+
+    def drop(self, is_unwanted: Callable[[DecodingSequence], bool]) -> None:
+        """Forget the sequences that nobody waits for any more, and free their blocks."""
+        self.waiting = deque(s for s in self.waiting if not is_unwanted(s))
+        for sequence in self.running:
+            if is_unwanted(sequence):
+                sequence.finish_reason = FINISH_DROPPED
+        self.retire()
 
     def reset(self) -> None:
         """Drop all sequences and the cache's content, which an interrupt may leave unwritten."""

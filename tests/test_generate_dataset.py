@@ -258,7 +258,7 @@ def poison(engine, wanted) -> None:
     def poisoned(*arguments):
         logits = compute_logits(*arguments)
         for row, s in enumerate(engine.scheduler.running):
-            if wanted(s.key, (s.stream_id >> INDEX_BITS) + 1, s.step):
+            if wanted(s.key.index, (s.stream_id >> INDEX_BITS) + 1, s.step):
                 logits[0, row, 3] = math.nan
         return logits
 
