@@ -4,10 +4,10 @@ Decoding is steered away from the base model and from examples that exist alread
 Start with `Engine.from_pretrained(...)` and `Engine.generate_dataset(...)`.
 """
 
+from .convergence import Convergence
 from .dataset import Example, SyntheticDataset
 from .engine import Completion, Engine
 from .errors import CapacityError, CheckpointError, DataError, RunError, SteerError
-from .generation import Convergence
 from .guidance import Guidance
 from .machine import EngineConfig
 from .methods import Method

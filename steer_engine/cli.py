@@ -1,4 +1,4 @@
-"""The command line: `steer-engine generate | demo | info`, also `python -m steer_engine`.
+"""The command line: `steer-engine generate | sweep | demo | info`, also `python -m steer_engine`.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors are one line.
 """
@@ -11,7 +11,9 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,12 +25,17 @@ from rich.table import Table
 from rich.text import Text
 
 from . import embedded, ops
-from .dataset import SyntheticDataset
+from .dataset import SyntheticDataset, read_texts
 from .engine import Engine
 from .errors import SteerError
+from .evaluate import Estimate
 from .machine import available_bytes, has_fast_bf16, max_cache_bytes
 from .options import (
     OPTIONS,
+    SWEEP_OPTIONS,
+    Option,
+    UsageError,
+    build_axes,
     build_method,
     build_negatives,
     build_prompts,
@@ -40,6 +47,8 @@ from .options import (
     required,
 )
 from .run_directory import check_output
+from .sweep import AXES, SweepCell, check_grid, grid, read_cells, run_sweep
+from .sweep_results import Comparison, compare_cells, evaluate_sweep
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 NUM_SHOWN = 8
@@ -79,11 +88,15 @@ def _set_up_logging(is_verbose: bool) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
 
-def _with_run_options(function: Callable) -> Callable:
-    """Give a command one option for each entry of OPTIONS, passed on as a dict `given`."""
+def _with_options(options: Sequence[Option]) -> Callable:
+    """Give a command one option for each of these, passed on as a dict `given`."""
+    return lambda function: _add_options(function, options)
+
+
+def _add_options(function: Callable, options: Sequence[Option]) -> Callable:
     kinds = {list: list[str]}
     parameters = []
-    for option in OPTIONS:
+    for option in options:
         shown_default = option.shown_default or (
             None if option.default is None else repr(option.default)
         )
@@ -99,7 +112,7 @@ def _with_run_options(function: Callable) -> Callable:
                 option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
             )
         )
-    names = {option.name for option in OPTIONS}
+    names = {option.name for option in options}
 
     def command(**arguments):
         given = {name: arguments.pop(name) for name in list(arguments) if name in names}
@@ -117,7 +130,7 @@ def _with_run_options(function: Callable) -> Callable:
 
 
 @app.command()
-@_with_run_options
+@_with_options(OPTIONS)
 def generate(
     *,
     given: dict[str, Any],
@@ -132,7 +145,21 @@ def generate(
     values = complete(given, {} if config is None else read_run_file(config))
     required(values, "base", "num_examples", "output")
     # Everything that can be wrong is found before a model is loaded.
-    request = {
+    request = _build_request(values) | {
+        "seed": values["seed"],
+        "output": values["output"],
+        "resume": values["resume"],
+        "progress": values["progress"],
+    }
+    err.print(f"guidance: {request['method'].describe()}", markup=False)
+    check_output(values["output"], values["resume"])
+    dataset = _run(_load(values), request)
+    _print_summary(dataset, Path(values["output"]))
+
+
+def _build_request(values: dict[str, Any]) -> dict[str, Any]:
+    """What every data set needs of its own: arguments of generate_dataset."""
+    return {
         "prompt": build_prompts(values),
         "num_examples": values["num_examples"],
         "real": values["real"],
@@ -141,38 +168,136 @@ def generate(
         "sampling": build_sampling(values),
         "max_attempts": values["max_attempts"],
         "until": build_until(values),
-        "seed": values["seed"],
-        "output": values["output"],
-        "resume": values["resume"],
-        "progress": values["progress"],
     }
-    err.print(f"guidance: {request['method'].describe()}", markup=False)
-    check_output(values["output"], values["resume"])
+
+
+def _load(values: dict[str, Any]) -> Engine:
     machine = ("device", "dtype", "backend", "max_num_seqs", "max_model_len", "kv_cache_gib")
     engine = Engine.from_pretrained(
         values["base"], values["domain"], **{name: values[name] for name in machine}
     )
     err.print(f"memory: {engine.memory_plan.describe()}", markup=False)
-    dataset = _run(engine, request)
-    _print_summary(dataset, Path(values["output"]))
+    return engine
 
 
 def _run(engine: Engine, request: dict[str, Any]) -> SyntheticDataset:
-    """generate_dataset, with an interrupt turned into a line that says how to go on."""
-    try:
+    with _saying_how_to_resume(Path(request["output"]), "examples.jsonl"):
         return engine.generate_dataset(**request)
+
+
+@contextmanager
+def _saying_how_to_resume(output: Path, pattern: str) -> Iterator[None]:
+    """Turn an interrupt into a line that says how to go on. pattern: of the files of examples."""
+    try:
+        yield
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # Nothing is there yet while checkpoints are hashed.
-        has_examples = (Path(request["output"]) / "examples.jsonl").exists()
-        num_safe = len(SyntheticDataset.load(request["output"])) if has_examples else 0
+        num_safe = sum(len(SyntheticDataset.load(path.parent)) for path in output.glob(pattern))
         err.print(
-            f"interrupted: {num_safe} examples are safe in {request['output']}; "
+            f"interrupted: {num_safe} examples are safe in {output}; "
             "run the same command to resume",
             markup=False,
         )
         sys.exit(EXIT_INTERRUPTED)
+
+
+@app.command()
+@_with_options(SWEEP_OPTIONS)
+def sweep(
+    *,
+    given: dict[str, Any],
+    config: Annotated[
+        Path | None, typer.Option(help="YAML run file; the command line comes before it.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Write a data set for every cell of a grid, in one batched run, and compare them."""
+    _set_up_logging(verbose)
+    from_file = {} if config is None else read_run_file(config, SWEEP_OPTIONS)
+    values = complete(given, from_file, SWEEP_OPTIONS)
+    required(values, "base", "num_examples", "output")
+    if values["evaluate"] and values["real"] is None and values["held_out"] is None:
+        raise UsageError("give --real or --held-out to compare the cells with, or --no-evaluate")
+    output = Path(values["output"])
+    requests = _build_requests(values)
+    err.print(f"sweep: {len(requests)} cells of {values['num_examples']} examples")
+    check_output(output, values["resume"])
+    check_grid(output, list(requests), values["resume"])
+    engine = _load(values)
+    with _saying_how_to_resume(output, "cells/*/examples.jsonl"):
+        settings = {name: values[name] for name in ("seed", "resume", "progress")}
+        run_sweep(engine, requests, output, **settings)
+        if values["evaluate"]:
+            _compare(engine, output, values)
+    out.print(f"data sets: {output / 'cells'}", markup=False, soft_wrap=True)
+
+
+def _build_requests(values: dict[str, Any]) -> dict[SweepCell, dict[str, Any]]:
+    """Each cell's request; an error names the cell."""
+    if values["real"] is not None:
+        values = values | {"real": read_texts(values["real"])}  # once, not for every cell
+    requests = {}
+    for cell in grid(**build_axes(values)):
+        try:
+            requests[cell] = _build_request(values | asdict(cell))
+        except UsageError:
+            raise
+        except ValueError as error:
+            raise UsageError(f"{cell.name}: {error}") from None
+    return requests
+
+
+def _compare(engine: Engine, output: Path, values: dict[str, Any]) -> None:
+    """Evaluate the cells, draw the figures and print the table."""
+    from .report.sweep_figures import sweep_figures, write_figures
+
+    evaluation = evaluate_sweep(
+        output,
+        values["held_out"] or values["real"],
+        train=values["real"] if values["held_out"] else None,
+        tokenizer=engine.tokenizer,
+        seed=values["seed"],
+        sample_size=values["sample_size"],
+        embedder=values["embedder"],
+        progress=values["progress"],
+    )
+    comparison = compare_cells(
+        read_cells(output),
+        evaluation,
+        diversity=values["diversity"],
+        likeness=values["likeness"],
+    )
+    write_figures(sweep_figures(comparison), output / "figures")
+    _print_cells(comparison)
+    out.print(f"figures: {output / 'figures'}", markup=False, soft_wrap=True)
+
+
+def _print_cells(comparison: Comparison) -> None:
+    """The cells with the largest sums, and all of the Pareto front."""
+    front = comparison.front
+    axes = [a for a in AXES if any(getattr(s.cell, a) is not None for s in comparison.scores)]
+    table = Table(title="best cells", caption="below a value its interval; * on the Pareto front")
+    table.title_justify = table.caption_justify = "left"
+    measures = (comparison.diversity.title, comparison.likeness.title)
+    for title in (*(axis.removeprefix("num_") for axis in axes), *measures, "sum", ""):
+        table.add_column(title, justify="right")
+    ranked = sorted(comparison.scores, key=lambda score: -score.sum)
+    for rank, score in enumerate(ranked):
+        is_front = any(score is other for other in front)
+        if rank < NUM_SHOWN or is_front:
+            place = (f"{getattr(score.cell, axis)}" for axis in axes)
+            values = (_shown(score.diversity), _shown(score.likeness), f"{score.sum:.3f}")
+            table.add_row(*place, *values, "*" if is_front else "")
+    out.print(table)
+
+
+def _shown(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f}\n{estimate.low:.3f} to {estimate.high:.3f}"
 
 
 @app.command()

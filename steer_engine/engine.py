@@ -8,19 +8,23 @@ drawn from the combined logits. Sequences of contrastive search step beside them
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import ops, sampler
 from .batch import DecodeRows
 from .contrastive_search import ContrastiveSearcher
+from .convergence import Convergence
 from .dataset import SyntheticDataset, is_unicode
+from .dataset_batch import complete_arguments, write_together
 from .decode_graphs import DecodeGraphs
-from .errors import CapacityError
-from .generation import Convergence, DatasetRequest, DatasetRun
+from .errors import CapacityError, SteerError
+from .files import check_file_name
+from .generation import DatasetRequest, DatasetRun
 from .guidance import Guidance, PassKind
 from .head import HeadRows
 from .kernels.reference import Sampled
@@ -270,6 +274,80 @@ class Engine:
                 many draws met NaN or infinite logits.
             CapacityError: an example can never fit the cache.
         """
+        run = self._dataset_run(
+            "",
+            output,
+            seed,
+            prompt=prompt,
+            num_examples=num_examples,
+            real=real,
+            guidance=guidance,
+            negatives=negatives,
+            sampling=sampling,
+            method=method,
+            accept=accept,
+            max_attempts=max_attempts,
+            until=until,
+        )
+        self._write_together([run], seed, resume, progress)
+        return run.dataset
+
+    def generate_datasets(
+        self,
+        requests: Mapping[str, Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        output: str | Path | None = None,
+        resume: bool = True,
+        progress: bool = False,
+    ) -> dict[str, SyntheticDataset]:
+        """Write several data sets through one batch, such as a grid of settings.
+
+        Each is the same as from generate_dataset alone, to the byte, and the whole is quicker than
+        one after another: places that one leaves empty are filled by others.
+
+        Args:
+            requests: {name: {argument: value}}, the arguments of generate_dataset from prompt to
+                until; what is left out takes generate_dataset's default.
+            seed: of all of them, so that example i draws with the same random numbers in each and
+                differences between data sets are less noisy.
+            output: parent of the run directories output/name; None keeps the data sets in memory.
+            resume: go on with the runs that are there; names may be added.
+            progress: show a progress bar on standard error.
+        Returns: {name: SyntheticDataset}, in the order of the requests. A summary's elapsed_s
+            counts from the start of the call; its speeds are of that data set's share of the batch.
+        Raises: ValueError for a name that cannot be a directory's or an unknown argument; else as
+            generate_dataset, naming the data set.
+        """
+        runs = []
+        for name, arguments in requests.items():
+            check_file_name(name, "the name of a data set")
+            run_output = None if output is None else Path(output) / name
+            try:
+                request = complete_arguments(arguments, self.generate_dataset)
+                runs.append(self._dataset_run(name, run_output, seed, **request))
+            except (ValueError, SteerError) as error:
+                kind = type(error) if isinstance(error, SteerError) else ValueError
+                raise kind(f"{name}: {error}") from None
+        self._write_together(runs, seed, resume, progress)
+        return {run.name: run.dataset for run in runs}
+
+    def _dataset_run(
+        self,
+        name: str,
+        output: str | Path | None,
+        seed: int,
+        *,
+        prompt: str | dict[str, str],
+        real: str | Path | Sequence[str] | None,
+        guidance: Guidance | None,
+        negatives: NegativePrompts | None,
+        sampling: SamplingParams | None,
+        method: Method | str | None,
+        max_attempts: int,
+        **others,
+    ) -> DatasetRun:
+        """A data set's run from the arguments of generate_dataset, all of them."""
         if method is not None:
             method, sampling = resolve(method, guidance, sampling)
             guidance = method.guidance
@@ -281,21 +359,23 @@ class Engine:
         check_seed(seed)
         request = DatasetRequest(
             prompts=prompt if isinstance(prompt, dict) else {"": prompt},
-            num_examples=num_examples,
             guidance=guidance,
             negatives=(negatives or NegativePrompts()).resolve(self.config.max_num_seqs),
             sampling=sampling or SamplingParams(top_p=0.9),
-            accept=accept,
-            max_attempts=max_attempts,
-            until=until,
             seed=seed,
+            max_attempts=max_attempts,
             search=method and method.search,
+            **others,
         )
         if method is not None:
-            method.check_data_set(num_examples, request.prompts, real, request.negatives)
-        run = DatasetRun(self, request, real)
+            method.check_data_set(request.num_examples, request.prompts, real, request.negatives)
+        return DatasetRun(self, request, real, name=name, output=output and Path(output))
+
+    def _write_together(
+        self, runs: Sequence[DatasetRun], seed: int, resume: bool, progress: bool
+    ) -> None:
         try:
-            return run.execute(output, resume=resume, progress=progress)
+            write_together(self, runs, seed=seed, resume=resume, progress=progress)
         finally:
             self.scheduler.reset()
 

@@ -5,6 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+MAX_NAME_BYTES = 255
+
+
+def check_file_name(name: str, what: str) -> None:
+    """Raise ValueError unless a file or directory may be called so; `what` says what is named."""
+    is_name = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\0")
+    if not is_name or len(os.fsencode(name)) > MAX_NAME_BYTES:
+        raise ValueError(f"{what} must do as a directory's, got {name!r}")
+
 
 def sync_directory(directory: Path) -> None:
     """Make a directory's entries (new and renamed files) durable."""

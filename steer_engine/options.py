@@ -6,20 +6,23 @@ Engine.generate_dataset, Guidance, NegativePrompts, SamplingParams); defaults co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from . import methods
+from .convergence import Convergence
 from .errors import nearest_hint
-from .generation import Convergence
 from .guidance import Guidance
 from .machine import EngineConfig
 from .methods import METHODS, PARAMETERS, Method
 from .negatives import AS_MANY_AS_FIT, NegativePrompts
 from .sampling import SamplingParams
+from .sweep import AXES
+from .sweep_results import DIVERSITY, LIKENESS
 
 _steer, _cfg, _top_k, _search = map(
     methods.defaults, ("steer", "cfg", "top_k", "contrastive_search")
@@ -118,10 +121,21 @@ OPTIONS = (
     Option("backend", str, _machine.backend, "auto, reference, cpu, triton or cuda."),
     Option("progress", bool, True, "Show a progress bar."),
 )
-BY_NAME = {option.name: option for option in OPTIONS}
+SWEEP_OPTIONS = (
+    *(
+        replace(o, kind=str, help=f"{o.help} Values with commas.") if o.name in AXES else o
+        for o in OPTIONS
+    ),
+    Option("evaluate", bool, True, "Compare the cells when they are written."),
+    Option("held_out", str, None, "Real examples to compare with, unseen so far.", "those of real"),
+    Option("sample_size", int, None, "Texts of each cell that are compared.", "all"),
+    Option("embedder", str, None, "Directory of the embedding model.", "the one that is installed"),
+    Option("diversity", str, DIVERSITY, "Metric of diversity in the table and the figures."),
+    Option("likeness", str, LIKENESS, "Metric of likeness in the table and the figures."),
+)
 
 
-def read_run_file(path: Path) -> dict[str, Any]:
+def read_run_file(path: Path, options: Sequence[Option] = OPTIONS) -> dict[str, Any]:
     """Options from a YAML run file.
 
     Raises: UsageError for unknown names (with the nearest known one) and wrong types.
@@ -134,12 +148,12 @@ def read_run_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: must hold a mapping of options")
-    values = {}
+    values, by_name = {}, {option.name: option for option in options}
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        if name not in BY_NAME:
-            raise UsageError(f"{path}: unknown option {key!r}{nearest_hint(name, BY_NAME)}")
-        values[name] = _checked(BY_NAME[name], value, path)
+        if name not in by_name:
+            raise UsageError(f"{path}: unknown option {key!r}{nearest_hint(name, by_name)}")
+        values[name] = _checked(by_name[name], value, path)
     return values
 
 
@@ -148,7 +162,7 @@ def _checked(option: Option, value: Any, path: Path) -> Any:
         return None
     if option.name == "prompts" and isinstance(value, dict):
         return value
-    if option.name in ("num_negatives", "stop_token_ids"):
+    if option.name in (*AXES, "stop_token_ids") and option.kind is str:
         value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if option.kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -162,10 +176,12 @@ def _checked(option: Option, value: Any, path: Path) -> Any:
     return value
 
 
-def complete(given: dict[str, Any], from_file: dict[str, Any]) -> dict[str, Any]:
+def complete(
+    given: dict[str, Any], from_file: dict[str, Any], options: Sequence[Option] = OPTIONS
+) -> dict[str, Any]:
     """Every option's value: the command line's, else the run file's, else the default."""
     values = {}
-    for option in OPTIONS:
+    for option in options:
         chosen = given.get(option.name)
         if chosen is None or chosen == []:
             chosen = from_file.get(option.name)
@@ -269,3 +285,17 @@ def build_until(values: dict[str, Any]) -> Convergence | None:
     if values["until"] is None:
         return None
     return Convergence(values["until"], values["until_window"])
+
+
+def build_axes(values: dict[str, Any]) -> dict[str, list]:
+    """The values of a sweep's axes, as sweep.grid takes them; [] for one that is not swept."""
+    axes = {name: [v.strip() for v in (values[name] or "").split(",")] for name in AXES}
+    for name in ("gamma", "eta"):
+        try:
+            axes[name] = [float(v) for v in axes[name] if v]
+        except ValueError:
+            raise UsageError(
+                f"{flag(name)} must be numbers with commas, got {values[name]!r}"
+            ) from None
+    counts = [v for v in axes["num_negatives"] if v]
+    return axes | {"num_negatives": [int(v) if v.isdecimal() else v for v in counts]}

@@ -8,13 +8,13 @@ not fit waits. What is admitted runs its prompts, in order and in pieces, before
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from .batch import Batch, DecodeRows, build_batch
 from .kv_cache import Allocation, KVCache
-from .sequence import DecodingSequence, RunningPass
+from .sequence import FINISH_DROPPED, DecodingSequence, RunningPass
 
 
 @dataclass
@@ -99,7 +99,10 @@ class Scheduler:
             self._prefilling.append(_Prefilling.of(self.waiting.popleft()))
 
     def retire(self) -> list[DecodingSequence]:
-        """Remove the sequences that have a finish_reason and free their blocks."""
+        """Remove the sequences that have a finish_reason and free their blocks.
+
+        Returns: those, but for dropped ones.
+        """
         finished = [s for s in self.running if s.finish_reason is not None]
         if not finished:
             return finished
@@ -109,7 +112,16 @@ class Scheduler:
             sequence.search_state = None  # large, and who called may keep the sequence
             for running_pass in sequence.passes:
                 self.kv_cache.free(running_pass.allocation)
-        return finished
+        return [s for s in finished if s.finish_reason != FINISH_DROPPED]
+
+    def drop(self, is_unwanted: Callable[[DecodingSequence], bool]) -> None:
+        """Forget the sequences that nobody waits for any more, and free their blocks."""
+        self.waiting = deque(s for s in self.waiting if not is_unwanted(s))
+        for sequence in [*self.running, *(p.sequence for p in self._prefilling)]:
+            # One whose prompt is running goes when it is complete: others may share its blocks.
+            if is_unwanted(sequence):
+                sequence.finish_reason = FINISH_DROPPED
+        self.retire()
 
     def reset(self) -> None:
         """Drop all sequences and the cache's content, which an interrupt may leave unwritten."""

@@ -17,6 +17,7 @@ FINISH_STOP = "stop"
 FINISH_EOS = "eos"
 FINISH_LENGTH = "length"
 FINISH_ERROR = "error"  # the sampler met NaN or infinite logits
+FINISH_DROPPED = "dropped"  # its data set was complete without it
 
 
 @dataclass

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from steer_engine import Engine, NegativePrompts, SamplingParams, SyntheticDataset, run_directory
+from steer_engine import (
+    Engine,
+    Guidance,
+    NegativePrompts,
+    SamplingParams,
+    SyntheticDataset,
+    run_directory,
+)
+from steer_engine.sweep import grid, run_sweep
 
 NUM_KILLS = int(os.environ.get("STEER_KILLS", "8"))
 REAL = ["Where is the ring?", "What was there before?", "Is there another one here?", "Who?"]
@@ -279,28 +287,34 @@ def run_in_a_process(base: Path, lora: Path, output: Path, is_ready) -> None:
     generate(engine, output, NUM_KILLED_EXAMPLES, KILLED_MAX_TOKENS)
 
 
-@pytest.mark.timeout(60 + 20 * NUM_KILLS)
-def test_kill_9_at_random_moments_and_resume_give_the_same_bytes(
-    process_context, tiny_models, tmp_path
-):
-    generator = random.Random(0)
+@pytest.fixture
+def start(process_context, tiny_models):
+    """Start a function of this file on an output directory; returns once its models are loaded."""
 
-    def start(output: Path):
+    def start(target, output: Path):
         is_ready = process_context.Event()
         arguments = (tiny_models.base, tiny_models.lora, output, is_ready)
-        process = process_context.Process(target=run_in_a_process, args=arguments, daemon=True)
+        process = process_context.Process(target=target, args=arguments, daemon=True)
         process.start()
         assert is_ready.wait(120), "the process did not load its models"
         return process
 
-    def finish(process) -> float:
-        started_at = time.monotonic()
-        process.join(120)
-        assert process.exitcode == 0
-        return time.monotonic() - started_at
+    return start
 
+
+def finish(process) -> float:
+    """Seconds until a process ends well."""
+    started_at = time.monotonic()
+    process.join(120)
+    assert process.exitcode == 0
+    return time.monotonic() - started_at
+
+
+@pytest.mark.timeout(60 + 20 * NUM_KILLS)
+def test_kill_9_at_random_moments_and_resume_give_the_same_bytes(start, tmp_path):
+    generator = random.Random(0)
     undisturbed = tmp_path / "undisturbed"
-    duration_s = finish(start(undisturbed))
+    duration_s = finish(start(run_in_a_process, undisturbed))
     expected = (undisturbed / "examples.jsonl").read_bytes()
     assert expected.count(b"\n") == NUM_KILLED_EXAMPLES
 
@@ -310,7 +324,7 @@ def test_kill_9_at_random_moments_and_resume_give_the_same_bytes(
         num_runs += 1
         survived: list[bytes] = []
         while not (output / "summary.json").exists() and num_killed < NUM_KILLS:
-            process = start(output)
+            process = start(run_in_a_process, output)
             # Two or three kills a run; the first of all as soon as the run may have begun.
             process.join(generator.uniform(0, 0.6 * duration_s) if num_killed else 0.0)
             if process.is_alive():
@@ -323,9 +337,76 @@ def test_kill_9_at_random_moments_and_resume_give_the_same_bytes(
             assert lines == expected.split(b"\n")[: len(lines)]
             num_midway += 0 < len(lines) < NUM_KILLED_EXAMPLES
             survived = lines
-        finish(start(output))
+        finish(start(run_in_a_process, output))
         assert (output / "examples.jsonl").read_bytes() == expected
         run_json = (output / "run.json").read_bytes()
         assert run_json == (undisturbed / "run.json").read_bytes()
     assert num_midway >= NUM_KILLS // 4, f"only {num_midway} of {num_killed} kills came midway"
     print(f"{num_killed} kills in {num_runs} runs, {num_midway} of them midway")
+
+
+# --- sweeps: several runs in one batch
+
+CELLS = grid(gamma=[0.0, 0.4], num_negatives=[1, 3])
+
+
+def sweep(engine: Engine, output: Path, num_examples: int, max_tokens: int) -> None:
+    requests = {
+        cell: {
+            "prompt": "Ask a question:",
+            "num_examples": num_examples,
+            "real": REAL,
+            "guidance": Guidance.steer(cell.gamma, 0.2, form="released"),
+            "negatives": NegativePrompts(num_examples=cell.num_negatives, lag=2),
+            "sampling": SamplingParams(top_p=0.9, max_tokens=max_tokens, ignore_eos=True),
+            "accept": short,
+            "max_attempts": 2,
+        }
+        for cell in CELLS
+    }
+    run_sweep(engine, requests, output, seed=5)
+
+
+def files_of_cells(output: Path) -> dict[str, bytes]:
+    names = ("run.json", "examples.jsonl")
+    paths = [output / "cells" / cell.name / name for cell in CELLS for name in names]
+    return {str(path.relative_to(output)): path.read_bytes() for path in paths}
+
+
+def test_death_at_any_durable_call_of_a_sweep_loses_nothing(engine, tmp_path):
+    with Disk(tmp_path / "whole") as counting:
+        sweep(engine, tmp_path / "whole", 3, 4)
+    expected = files_of_cells(tmp_path / "whole")
+    assert len(counting.calls) > 60
+    for die_at in range(1, len(counting.calls) + 1, 3):
+        path = tmp_path / f"sweep{die_at}"
+        mode = ("before", "half", "after")[die_at % 9 // 3]
+        with Disk(path, die_at=die_at, mode=mode) as disk, contextlib.suppress(Died):
+            sweep(engine, path, 3, 4)
+        assert disk.is_dead
+        sweep(engine, path, 3, 4)
+        assert files_of_cells(path) == expected, f"died {mode} call {die_at}"
+
+
+def sweep_in_a_process(base: Path, lora: Path, output: Path, is_ready) -> None:
+    engine = Engine.from_pretrained(base, lora, max_num_seqs=5)
+    is_ready.set()
+    sweep(engine, output, 40, KILLED_MAX_TOKENS)
+
+
+@pytest.mark.timeout(60 + 20 * NUM_KILLS)
+def test_kill_9_of_a_sweep_and_resume_give_the_same_bytes(start, tmp_path):
+    generator = random.Random(1)
+    undisturbed, output = tmp_path / "undisturbed", tmp_path / "sweep"
+    duration_s = finish(start(sweep_in_a_process, undisturbed))
+    num_midway = 0
+    for _ in range(max(2, NUM_KILLS // 4)):
+        process = start(sweep_in_a_process, output)
+        process.join(generator.uniform(0.1, 0.4) * duration_s)
+        process.kill()
+        process.join(60)
+        num_lines = [len(lines_on_disk(output / "cells" / cell.name)) for cell in CELLS]
+        num_midway += 0 < sum(num_lines) < 40 * len(CELLS)
+    finish(start(sweep_in_a_process, output))
+    assert files_of_cells(output) == files_of_cells(undisturbed)
+    assert num_midway, "no kill came midway"

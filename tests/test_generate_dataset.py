@@ -20,7 +20,8 @@ from steer_engine import (
     SamplingParams,
     SyntheticDataset,
 )
-from steer_engine.generation import INDEX_BITS, ConvergenceTest
+from steer_engine.convergence import ConvergenceTest
+from steer_engine.generation import INDEX_BITS
 from steer_engine.guidance import PassKind
 
 PROMPT = "Ask a question:"
@@ -257,7 +258,7 @@ def poison(engine, wanted) -> None:
     def poisoned(*arguments):
         logits = compute_logits(*arguments)
         for row, s in enumerate(engine.scheduler.running):
-            if wanted(s.key, (s.stream_id >> INDEX_BITS) + 1, s.step):
+            if wanted(s.key.index, (s.stream_id >> INDEX_BITS) + 1, s.step):
                 logits[0, row, 3] = math.nan
         return logits
 
