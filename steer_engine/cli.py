@@ -1,17 +1,20 @@
-"""The command line: `steer-engine generate | demo | info`, also `python -m steer_engine`.
+"""The command line: `steer-engine generate | demo | finetune | info`.
 
+Also `python -m steer_engine`.
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors are one line.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import platform
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,9 +29,12 @@ from . import embedded, ops
 from .dataset import SyntheticDataset
 from .engine import Engine
 from .errors import SteerError
+from .finetune import FINETUNE_OPTIONS, FinetuneConfig, FinetuneRecord
+from .finetune import finetune as train_adapter
 from .machine import available_bytes, has_fast_bf16, max_cache_bytes
 from .options import (
     OPTIONS,
+    Option,
     build_guidance,
     build_negatives,
     build_prompts,
@@ -77,11 +83,15 @@ def _set_up_logging(is_verbose: bool) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
 
-def _with_run_options(function: Callable) -> Callable:
-    """Give a command one option for each entry of OPTIONS, passed on as a dict `given`."""
+def _with_options(options: Sequence[Option]) -> Callable[[Callable], Callable]:
+    """Give a command one option for each entry, passed on as a dict `given`."""
+    return functools.partial(_add_options, options)
+
+
+def _add_options(options: Sequence[Option], function: Callable) -> Callable:
     kinds = {list: list[str]}
     parameters = []
-    for option in OPTIONS:
+    for option in options:
         shown_default = option.shown_default or (
             None if option.default is None else repr(option.default)
         )
@@ -97,7 +107,7 @@ def _with_run_options(function: Callable) -> Callable:
                 option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
             )
         )
-    names = {option.name for option in OPTIONS}
+    names = {option.name for option in options}
 
     def command(**arguments):
         given = {name: arguments.pop(name) for name in list(arguments) if name in names}
@@ -115,7 +125,7 @@ def _with_run_options(function: Callable) -> Callable:
 
 
 @app.command()
-@_with_run_options
+@_with_options(OPTIONS)
 def generate(
     *,
     given: dict[str, Any],
@@ -239,6 +249,32 @@ def _print_summary(dataset: SyntheticDataset, output: Path) -> None:
         table.add_row(name.replace("_", " "), str(shown))
     out.print(table)
     out.print(f"data set: {output / 'examples.jsonl'}", markup=False, soft_wrap=True)
+
+
+@app.command()
+@_with_options(FINETUNE_OPTIONS)
+def finetune(
+    *,
+    given: dict[str, Any],
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Learn the domain model from real examples, as a LoRA adapter of the base."""
+    _set_up_logging(verbose)
+    values = complete(given, options=FINETUNE_OPTIONS)
+    required(values, "base", "train", "output")
+    config = FinetuneConfig(**{f.name: values[f.name] for f in fields(FinetuneConfig)})
+    names = ("base", "train", "output", "prompt", "resume", "progress")
+    try:
+        record = train_adapter(**{name: values[name] for name in names}, config=config)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        record = FinetuneRecord.read(Path(values["output"]))
+        kept = "no epoch had ended" if record is None else record.describe()
+        err.print(f"interrupted: {kept}; run the same command to resume", markup=False)
+        sys.exit(EXIT_INTERRUPTED)
+    out.print(f"{record.describe()}: {values['output']}", markup=False, soft_wrap=True)
 
 
 @app.command()

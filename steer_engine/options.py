@@ -6,6 +6,7 @@ Engine.generate_dataset, Guidance, NegativePrompts, SamplingParams); defaults co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,14 +144,19 @@ def _checked(option: Option, value: Any, path: Path) -> Any:
     return value
 
 
-def complete(given: dict[str, Any], from_file: dict[str, Any]) -> dict[str, Any]:
-    """Every option's value: the command line's, else the run file's, else the default."""
+def complete(
+    given: dict[str, Any], *fallbacks: dict[str, Any], options: Sequence[Option] = OPTIONS
+) -> dict[str, Any]:
+    """Every option's value: the command line's, else the first fallback's, else the default.
+
+    given: None, or an empty list, where the command line does not say.
+    fallbacks: a run file's values, or none.
+    """
+    sources = [{name: value for name, value in given.items() if value != []}, *fallbacks]
     values = {}
-    for option in OPTIONS:
-        chosen = given.get(option.name)
-        if chosen is None or chosen == []:
-            chosen = from_file.get(option.name)
-        values[option.name] = option.default if chosen is None else chosen
+    for option in options:
+        found = (source[option.name] for source in sources if source.get(option.name) is not None)
+        values[option.name] = next(found, option.default)
     return values
 
 
