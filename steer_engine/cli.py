@@ -1,4 +1,4 @@
-"""The command line: `steer-engine generate | demo | finetune | info`.
+"""The command line: `steer-engine generate | demo | prepare | finetune | info`.
 
 Also `python -m steer_engine`.
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors are one line.
@@ -29,6 +29,7 @@ from . import embedded, ops
 from .dataset import SyntheticDataset
 from .engine import Engine
 from .errors import SteerError
+from .files import write_atomically
 from .finetune import FINETUNE_OPTIONS, FinetuneConfig, FinetuneRecord
 from .finetune import finetune as train_adapter
 from .machine import available_bytes, has_fast_bf16, max_cache_bytes
@@ -45,6 +46,8 @@ from .options import (
     read_run_file,
     required,
 )
+from .recipes import RECIPES, find_recipe
+from .recipes import prepare as prepare_examples
 from .run_directory import check_output
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -137,7 +140,11 @@ def generate(
 ) -> None:
     """Write a synthetic data set from a base model, a domain model and real examples."""
     _set_up_logging(verbose)
-    values = complete(given, {} if config is None else read_run_file(config))
+    from_file = {} if config is None else read_run_file(config)
+    values = complete(given, from_file)
+    recipe = None if values["recipe"] is None else find_recipe(values["recipe"])
+    if recipe is not None:
+        values = complete(given, from_file, recipe.options(values))
     required(values, "base", "num_examples", "output")
     # Everything that can be wrong is found before a model is loaded.
     request = {
@@ -147,6 +154,7 @@ def generate(
         "guidance": build_guidance(values),
         "negatives": build_negatives(values),
         "sampling": build_sampling(values),
+        "accept": recipe and recipe.accept,
         "max_attempts": values["max_attempts"],
         "until": build_until(values),
         "seed": values["seed"],
@@ -249,6 +257,35 @@ def _print_summary(dataset: SyntheticDataset, output: Path) -> None:
         table.add_row(name.replace("_", " "), str(shown))
     out.print(table)
     out.print(f"data set: {output / 'examples.jsonl'}", markup=False, soft_wrap=True)
+
+
+@app.command(
+    help="Turn a data set's original release into examples for finetune.\n\nRecipes: "
+    + "; ".join(f"{recipe.name} ({recipe.about})" for recipe in RECIPES.values())
+)
+def prepare(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe.", show_default=False)],
+    raw: Annotated[
+        Path,
+        typer.Argument(
+            help=".jsonl, .csv, .parquet or .txt, also .gz, .bz2, .xz.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The .jsonl to write.", show_default=False)],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw that balances labels.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    prepared = prepare_examples(find_recipe(recipe), raw, seed)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, "".join(e.to_json() + "\n" for e in prepared.examples))
+    labels = "".join(f", {count} {label}" for label, count in prepared.num_by_label.items())
+    out.print(
+        f"{output}: {len(prepared.examples)} examples{labels}; {prepared.num_left_out} records "
+        f"left out, {prepared.num_repeated} repeated, {prepared.num_unbalanced} dropped to balance "
+        "labels",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()
