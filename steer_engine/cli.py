@@ -1,5 +1,6 @@
-"""The command line: `steer-engine generate | sweep | demo | info`, also `python -m steer_engine`.
+"""The command line, `steer-engine COMMAND`.
 
+Also `python -m steer_engine`.
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors are one line.
 """
 
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,9 @@ from .dataset import SyntheticDataset, read_texts
 from .engine import Engine
 from .errors import SteerError
 from .evaluate import Estimate
+from .files import write_atomically
+from .finetune import FINETUNE_OPTIONS, FinetuneConfig, FinetuneRecord
+from .finetune import finetune as train_adapter
 from .machine import available_bytes, has_fast_bf16, max_cache_bytes
 from .options import (
     OPTIONS,
@@ -46,6 +50,8 @@ from .options import (
     read_run_file,
     required,
 )
+from .recipes import RECIPES, find_recipe
+from .recipes import prepare as prepare_examples
 from .run_directory import check_output
 from .sweep import AXES, SweepCell, check_grid, grid, read_cells, run_sweep
 from .sweep_results import Comparison, compare_cells, evaluate_sweep
@@ -142,7 +148,7 @@ def generate(
 ) -> None:
     """Write a synthetic data set from a base model, a domain model and real examples."""
     _set_up_logging(verbose)
-    values = complete(given, {} if config is None else read_run_file(config))
+    values = _complete(given, config, OPTIONS)
     required(values, "base", "num_examples", "output")
     # Everything that can be wrong is found before a model is loaded.
     request = _build_request(values) | {
@@ -157,8 +163,21 @@ def generate(
     _print_summary(dataset, Path(values["output"]))
 
 
+def _complete(
+    given: dict[str, Any], config: Path | None, options: Sequence[Option]
+) -> dict[str, Any]:
+    """The values of a run's options: the command line's, the run file's, the recipe's, defaults."""
+    from_file = {} if config is None else read_run_file(config, options)
+    values = complete(given, from_file, options=options)
+    if values["recipe"] is None:
+        return values
+    recipe = find_recipe(values["recipe"])
+    return complete(given, from_file, recipe.options(values), options=options)
+
+
 def _build_request(values: dict[str, Any]) -> dict[str, Any]:
     """What every data set needs of its own: arguments of generate_dataset."""
+    recipe = None if values["recipe"] is None else find_recipe(values["recipe"])
     return {
         "prompt": build_prompts(values),
         "num_examples": values["num_examples"],
@@ -166,6 +185,7 @@ def _build_request(values: dict[str, Any]) -> dict[str, Any]:
         "method": build_method(values),
         "negatives": build_negatives(values),
         "sampling": build_sampling(values),
+        "accept": recipe and recipe.accept,
         "max_attempts": values["max_attempts"],
         "until": build_until(values),
     }
@@ -216,8 +236,7 @@ def sweep(
 ) -> None:
     """Write a data set for every cell of a grid, in one batched run, and compare them."""
     _set_up_logging(verbose)
-    from_file = {} if config is None else read_run_file(config, SWEEP_OPTIONS)
-    values = complete(given, from_file, SWEEP_OPTIONS)
+    values = _complete(given, config, SWEEP_OPTIONS)
     required(values, "base", "num_examples", "output")
     if values["evaluate"] and values["real"] is None and values["held_out"] is None:
         raise UsageError("give --real or --held-out to compare the cells with, or --no-evaluate")
@@ -400,6 +419,61 @@ def win_rate_score(
     from .evaluate.win_rate import score_votes
 
     out.print(score_votes(directory).describe(), markup=False, soft_wrap=True)
+
+
+@app.command(
+    help="Turn a data set's original release into examples for finetune.\n\nRecipes: "
+    + "; ".join(f"{recipe.name} ({recipe.about})" for recipe in RECIPES.values())
+)
+def prepare(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe.", show_default=False)],
+    raw: Annotated[
+        Path,
+        typer.Argument(
+            help=".jsonl, .csv, .parquet or .txt, also .gz, .bz2, .xz.", show_default=False
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The .jsonl to write.", show_default=False)],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw that balances labels.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    prepared = prepare_examples(find_recipe(recipe), raw, seed)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, "".join(e.to_json() + "\n" for e in prepared.examples))
+    labels = "".join(f", {count} {label}" for label, count in prepared.num_by_label.items())
+    out.print(
+        f"{output}: {len(prepared.examples)} examples{labels}; {prepared.num_left_out} records "
+        f"left out, {prepared.num_repeated} repeated, {prepared.num_unbalanced} dropped to balance "
+        "labels",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+@_with_options(FINETUNE_OPTIONS)
+def finetune(
+    *,
+    given: dict[str, Any],
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log what happens.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Learn the domain model from real examples, as a LoRA adapter of the base."""
+    _set_up_logging(verbose)
+    values = complete(given, options=FINETUNE_OPTIONS)
+    required(values, "base", "train", "output")
+    config = FinetuneConfig(**{f.name: values[f.name] for f in fields(FinetuneConfig)})
+    names = ("base", "train", "output", "prompt", "resume", "progress")
+    try:
+        record = train_adapter(**{name: values[name] for name in names}, config=config)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        record = FinetuneRecord.read(Path(values["output"]))
+        kept = "no epoch had ended" if record is None else record.describe()
+        err.print(f"interrupted: {kept}; run the same command to resume", markup=False)
+        sys.exit(EXIT_INTERRUPTED)
+    out.print(f"{record.describe()}: {values['output']}", markup=False, soft_wrap=True)
 
 
 @app.command()

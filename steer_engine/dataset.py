@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from .errors import DataError, RunError, nearest_hint
 from .files import write_atomically
 
 TEXT_FIELD = "text"
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # Examples that no attempt could fill keep their index but are not part of the data set.
 FAILED_REASONS = ("rejected", "error")
 
@@ -147,14 +153,14 @@ def parse_examples(path: Path) -> tuple[list[Example], int]:
 def read_texts(source: str | Path | Sequence[str] | None) -> list[str]:
     """Real examples from a list of str or a file; [] for None.
 
-    A .jsonl, .csv or .parquet file needs a field "text" (a .jsonl line may also be a bare string);
-    a .txt file holds one example a line. White space at the ends and empty examples are dropped.
+    A file is one that read_records reads; its records need a field "text". White space at the ends
+    and empty examples are dropped.
     Raises: DataError naming the file, the line and what is wrong.
     """
     if source is None:
         return []
     if isinstance(source, str | Path):
-        texts = list(_read_file(Path(source)))
+        texts = [text_of(record, where) for where, record in read_records(Path(source))]
         name = str(source)
     else:
         texts, name = list(source), "real"
@@ -181,15 +187,24 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _read_file(path: Path) -> Iterator[str]:
+def read_records(path: Path) -> Iterator[tuple[str, object]]:
+    """(where it stands, record) of each record of a .jsonl, .csv, .parquet or .txt file.
+
+    All but .parquet may be compressed (.gz, .bz2, .xz). A .txt line, and a .jsonl line that is a
+    bare string, becomes {"text": line}.
+    Raises: DataError naming the file, the line and what is wrong.
+    """
     readers = {
         ".jsonl": _read_jsonl,
         ".csv": _read_csv,
         ".parquet": _read_parquet,
         ".txt": _read_txt,
     }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    is_compressed = bool(suffixes) and suffixes[-1] in COMPRESSED
+    kind = "".join(suffixes[:-1][-1:] if is_compressed else suffixes[-1:])
+    reader = readers.get(kind)
+    if reader is None or (is_compressed and reader is _read_parquet):
         raise DataError(f"{path}: must be a {', '.join(readers)} file")
     try:
         yield from reader(path)
@@ -197,18 +212,26 @@ def _read_file(path: Path) -> Iterator[str]:
         raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from None
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path}: damaged compressed file ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _read_txt(path: Path) -> Iterator[str]:
+def _open_text(path: Path, newline: str | None = None) -> TextIO:
     # utf-8-sig: some editors and Excel put a byte-order mark in front.
-    with open(path, encoding="utf-8-sig") as file:
-        yield from file
+    opener = COMPRESSED.get(path.suffix.lower(), open)
+    return opener(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig") as file:
+def _read_txt(path: Path) -> Iterator[tuple[str, object]]:
+    with _open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            yield f"{path}: line {number}", {TEXT_FIELD: line}
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
+    with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -216,42 +239,43 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 raise DataError(f"{path}: line {number} is not JSON") from None
-            yield record if isinstance(record, str) else _text_of(record, f"{path}: line {number}")
+            is_text = isinstance(record, str)
+            yield f"{path}: line {number}", {TEXT_FIELD: record} if is_text else record
 
 
-def _read_csv(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+def _read_csv(path: Path) -> Iterator[tuple[str, object]]:
+    with _open_text(path, newline="") as file:
         reader = csv.DictReader(file)
         try:
             for record in reader:
-                yield _text_of(record, f"{path}: line {reader.line_num}")
+                yield f"{path}: line {reader.line_num}", record
         except csv.Error as error:
             # The reader has not counted the line it stumbled on.
             raise DataError(f"{path}: line {reader.line_num + 1} is not CSV ({error})") from None
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, object]]:
     parquet = _import_extra("pyarrow.parquet")
     try:
         table = parquet.read_table(path)
     except ValueError as error:  # pyarrow's ArrowInvalid is one
         raise DataError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
     for number, record in enumerate(table.to_pylist(), start=1):
-        yield _text_of(record, f"{path}: row {number}")
+        yield f"{path}: row {number}", record
 
 
-def _text_of(record: object, where: str) -> str:
-    if not isinstance(record, dict) or TEXT_FIELD not in record:
+def text_of(record: object, where: str, field: str = TEXT_FIELD) -> str:
+    """A record's string field. Raises DataError if it is missing or something else."""
+    if not isinstance(record, dict) or field not in record:
         names = [str(n) for n in record] if isinstance(record, dict) else []
         found = f"fields {', '.join(names)}" if names else "no fields"
         raise DataError(
-            f'{where}: needs a string field "{TEXT_FIELD}", '
-            f"has {found}{nearest_hint(TEXT_FIELD, names)}"
+            f'{where}: needs a string field "{field}", has {found}{nearest_hint(field, names)}'
         )
-    text = record[TEXT_FIELD]
+    text = record[field]
     if not isinstance(text, str):
         kind = "nothing" if text is None else f"a {type(text).__name__}"
-        raise DataError(f'{where}: field "{TEXT_FIELD}" must be a string, got {kind}')
+        raise DataError(f'{where}: field "{field}" must be a string, got {kind}')
     return text
 
 

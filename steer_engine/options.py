@@ -60,6 +60,7 @@ OPTIONS = (
     Option(
         "real", str, None, "Real examples for the negative prompts: .jsonl, .csv, .parquet, .txt."
     ),
+    Option("recipe", str, None, "A task that fills in what is not given: see `prepare --help`."),
     Option("prompt", str, None, "The instruction that every example continues.", "required"),
     Option("prompts", str, None, "YAML or JSON file {label: instruction}, in place of --prompt."),
     Option("num_examples", int, None, "Size of the data set.", "required"),
@@ -177,15 +178,18 @@ def _checked(option: Option, value: Any, path: Path) -> Any:
 
 
 def complete(
-    given: dict[str, Any], from_file: dict[str, Any], options: Sequence[Option] = OPTIONS
+    given: dict[str, Any], *fallbacks: dict[str, Any], options: Sequence[Option] = OPTIONS
 ) -> dict[str, Any]:
-    """Every option's value: the command line's, else the run file's, else the default."""
+    """Every option's value: the command line's, else the first fallback's, else the default.
+
+    given: None, or an empty list, where the command line does not say.
+    fallbacks: a run file's values, then a recipe's.
+    """
+    sources = [{name: value for name, value in given.items() if value != []}, *fallbacks]
     values = {}
     for option in options:
-        chosen = given.get(option.name)
-        if chosen is None or chosen == []:
-            chosen = from_file.get(option.name)
-        values[option.name] = option.default if chosen is None else chosen
+        found = (source[option.name] for source in sources if source.get(option.name) is not None)
+        values[option.name] = next(found, option.default)
     return values
 
 
@@ -204,7 +208,7 @@ def flag(name: str) -> str:
 def build_prompts(values: dict[str, Any]) -> str | dict[str, str]:
     """The prompt, or {label: prompt}; UsageError unless one of --prompt and --prompts is given."""
     if (values["prompt"] is None) == (values["prompts"] is None):
-        raise UsageError("give either --prompt TEXT or --prompts FILE")
+        raise UsageError("give either --prompt TEXT or --prompts FILE, or a --recipe")
     if values["prompt"] is not None:
         return values["prompt"]
     prompts = values["prompts"]

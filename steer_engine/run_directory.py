@@ -79,20 +79,7 @@ class RunDirectory:
             stored = None
         if not isinstance(stored, dict):
             raise RunError(f"{run_path}: damaged; restore it or choose another output")
-        # Through JSON and back, so that tuples and lists compare equal.
-        current = json.loads(json.dumps(self._settings))
-        versions, current_versions = stored.pop("versions", {}), current.pop("versions", {})
-        for difference in _differences(versions, current_versions, ""):
-            logger.warning("%s: %s; the bytes may differ from now on", self.path, difference)
-        differences = list(_differences(stored, current, ""))
-        if differences:
-            shown = "; ".join(differences[:MAX_DIFFERENCES_SHOWN])
-            more = len(differences) - MAX_DIFFERENCES_SHOWN
-            raise RunError(
-                f"{self.path}: holds a run with other settings: {shown}"
-                f"{f'; {more} more' if more > 0 else ''}. "
-                "Use the same settings to resume, or another output"
-            )
+        check_same_settings(self.path, stored, self._settings)
 
     def append(self, example: Example) -> None:
         """Add the next example. Raises RunError if the disk refuses; earlier examples stay."""
@@ -195,6 +182,27 @@ def check_output(path: str | Path, resume: bool) -> None:
     """Raise RunError, before a model is loaded, if an output directory cannot be used."""
     os.close(lock_directory(Path(path)))
     check_usable(Path(path), resume)
+
+
+def check_same_settings(path: Path, stored: dict, current: dict) -> None:
+    """Raise RunError naming the first settings of a directory that differ from the current ones.
+
+    Differences below "versions" are only warned about.
+    """
+    # Through JSON and back, so that tuples and lists compare equal.
+    stored, current = dict(stored), json.loads(json.dumps(current))
+    versions, current_versions = stored.pop("versions", {}), current.pop("versions", {})
+    for difference in _differences(versions, current_versions, ""):
+        logger.warning("%s: %s; the bytes may differ from now on", path, difference)
+    differences = list(_differences(stored, current, ""))
+    if differences:
+        shown = "; ".join(differences[:MAX_DIFFERENCES_SHOWN])
+        more = len(differences) - MAX_DIFFERENCES_SHOWN
+        raise RunError(
+            f"{path}: holds a run with other settings: {shown}"
+            f"{f'; {more} more' if more > 0 else ''}. "
+            "Use the same settings to resume, or another output"
+        )
 
 
 def _differences(stored: object, current: object, name: str) -> Iterator[str]:

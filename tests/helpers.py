@@ -1,13 +1,20 @@
-"""Tiny Falcon checkpoints, written by transformers and PEFT, and what tests compare."""
+"""Tiny Falcon checkpoints, written by transformers and PEFT; what tests compare; the command line
+in this process.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+import signal
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from steer_engine import cli
 
 VOCAB_SIZE = 320
 END_OF_TEXT = "<|endoftext|>"
@@ -145,3 +152,25 @@ def random_prompts(num_prompts: int, *, seed: int = 0, longest: int = 90) -> lis
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.linspace(1, longest, num_prompts).int().tolist()
     return [torch.randint(1, VOCAB_SIZE - 60, (n,), generator=generator).tolist() for n in lengths]
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    """Run the command line in this process; exit status, standard output, standard error."""
+    previous = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = ["steer-engine", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    finally:
+        sys.argv = previous[0]
+        signal.signal(signal.SIGTERM, previous[1])
+    captured = capsys.readouterr()
+    return stopped.value.code or 0, captured.out, captured.err
+
+
+def one_line(stderr: str) -> str:
+    """The error line; fails if there is a traceback."""
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, stderr
+    return lines[0]

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import hf_model, lora_model, save
+from helpers import call, hf_model, lora_model, one_line, save
 
 from steer_engine import SyntheticDataset, cli, embedded
 
@@ -34,33 +34,11 @@ def real(tmp_path) -> Path:
     return path
 
 
-def call(capsys, *arguments) -> tuple[int, str, str]:
-    """Run the command line in this process; exit status, standard output, standard error."""
-    previous = sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = ["steer-engine", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    finally:
-        sys.argv = previous[0]
-        signal.signal(signal.SIGTERM, previous[1])
-    captured = capsys.readouterr()
-    return stopped.value.code or 0, captured.out, captured.err
-
-
 def generate_arguments(pair, output, *more, num_examples=6) -> list:
     base, adapter = pair
     options = ["generate", "--base", base, "--domain", adapter, "--prompt", PROMPT]
     options += ["--num-examples", num_examples, "--output", output, "--max-tokens", 8]
     return [*options, "--max-num-seqs", 4, "--no-progress", *more]
-
-
-def one_line(stderr: str) -> str:
-    """The error line; fails if there is a traceback."""
-    assert "Traceback" not in stderr
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, stderr
-    return lines[0]
 
 
 def test_generate_writes_a_data_set_and_says_what_it_did(capsys, pair, real, tmp_path):

@@ -1,4 +1,4 @@
-"""The training scripts write a base and an adapter that the engine reads."""
+"""Pretraining writes a base that the engine reads."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from steer_engine import Engine, Guidance, SamplingParams
-from steer_engine.finetune import FinetuneConfig, encode_pair, finetune, read_pairs
+from steer_engine import Engine, SamplingParams
 from steer_engine.pretrain import PretrainConfig, learning_rate_factor, pretrain, read_documents
 
 TEXT = "The ring of the moon is one thing, and the hour of the sun is another thing.\n"
@@ -51,38 +50,6 @@ def test_a_longer_budget_continues_from_the_saved_state(base):
     record = json.loads((base / "run" / "training.json").read_text())
     assert record["steps"] > steps
     assert 6 <= record["training_s"] < 12
-
-
-def test_a_finetuned_adapter_lowers_the_held_out_loss_and_changes_the_domain_model(base):
-    checkpoint = base / "run" / "checkpoint"
-    real = base / "real.txt"
-    real.write_text("Is the hour of the moon another thing?\n" * 80)
-    config = FinetuneConfig(epochs=2, batch_size=8, rank=2)
-    losses = finetune(checkpoint, real, "Ask:", base / "adapter", config)
-    assert losses[-1] < losses[0]
-    engine = Engine.from_pretrained(checkpoint, base / "adapter", dtype="float32")
-    difference = engine.logits(["Ask:"], "domain") - engine.logits(["Ask:"], "base")
-    assert difference.abs().max() > 0.1
-    short = SamplingParams(max_tokens=5)
-    assert engine.generate(["Ask:"], guidance=Guidance.contrastive(0.1), sampling=short)
-
-
-def test_only_the_text_and_its_end_count_in_the_loss(base):
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(base / "run" / "checkpoint" / "tokenizer.json"))
-    prompt_len = len(tokenizer.encode("Ask:").ids)
-    ids, labels = encode_pair(tokenizer, ("Ask:", "one"), 0)
-    assert labels == [-100] * prompt_len + ids[prompt_len:]
-    assert ids[-1] == 0
-
-
-def test_a_record_may_name_its_own_prompt(tmp_path):
-    path = tmp_path / "train.jsonl"
-    path.write_text('{"text": "a", "prompt": "own"}\n{"text": " b "}\n')
-    assert read_pairs(path, "shared") == [("own", "a"), ("shared", "b")]
-    with pytest.raises(SystemExit, match="give --prompt"):
-        read_pairs(path, None)
 
 
 def test_books_end_at_end_of_text_lines(tmp_path):
