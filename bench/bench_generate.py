@@ -1,13 +1,18 @@
-"""Tokens/second of generate against Hugging Face, plain and with three passes?
+"""Tokens/second of generate against Hugging Face and llama.cpp, plain and with three passes?
 
     python bench/bench_generate.py --work DIR --size small --batch 1 8 32
         --mode plain steer_full steer_lora --dtype float32 bfloat16 [--compiled] [--threads 2]
+        [--llama PEER/bin/python] [--no-hf]
 
 End to end with prefill, 64 new tokens, prompts of 16 and negatives of 200 tokens, top-p 0.9, the
-same texts for both sides and others in every repeat, tokens counted once per sequence and step.
+same texts for all sides and others in every repeat, tokens counted once per sequence and step.
 Results are checked first: greedy tokens and the first step's combined distribution. Then every
-Hugging Face variant (hf_baseline.py) runs once for a few tokens; the fastest estimate and the
-engine, in every dtype, alternate for the repeats.
+variant of a peer (hf_baseline.py, llama_baseline.py) runs once for a few tokens; the one with the
+fastest estimate and the engine, in every dtype, alternate for the repeats.
+
+--llama names the interpreter that has llama-cpp-python; llama.cpp runs plain and steer_full.
+--size falcon_7b needs 15 GB of disk for the checkpoint and as much for llama.cpp's file;
+--one-at-a-time loads a side when the one before has been measured and closed.
 
 On a busy machine two threads wait for each other at every barrier, and wall time says who else ran:
 `--threads 1 --clock cpu` counts the process's own CPU time.
@@ -16,95 +21,27 @@ On a busy machine two threads wait for each other at every barrier, and wall tim
 from __future__ import annotations
 
 import argparse
-import gc
+import functools
+import importlib.metadata
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import hf_baseline
+import llama_baseline
 import torch
 from ceilings import Work, floor_s, measure_ceilings
+from check_sides import check_equal
 from checkpoints import SHAPES, Checkpoints, ensure_checkpoints
-from conditions import TOP_P, describe_machine, domain_of, make_texts, sampling_of
-from hf_baseline import MODES, HfBaseline, Variant, candidates
+from conditions import describe_machine, make_texts
+from sides import EngineSide, HfSide, LlamaSide, Side, describe_llama, runs_on_llama
 
-from steer_engine import Engine, Guidance, SamplingParams
-
+PEER_NAMES = {"hf": "Hugging Face", "llama": "llama.cpp"}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-# Softmax of combined fp32 logits; both sides sum in another order.
-PROBS_TOLERANCE = 1e-4
-NUM_CHECKED = 4
-NUM_GREEDY = 8
 SCREENED_STEPS = 4
 SCREENED_RUNS = 3  # the fastest counts
-
-
-class EngineSide:
-    """The engine as one side of the comparison."""
-
-    def __init__(self, paths: Checkpoints, mode: str, dtype: str, batch: int, settings):
-        self.guidance = guidance_of(mode)
-        self._engine = Engine.from_pretrained(
-            paths.base,
-            domain_of(paths, mode),
-            dtype=dtype,
-            max_num_seqs=batch,
-            max_model_len=settings.negative_tokens + settings.new_tokens + 8,
-        )
-        self.label = f"engine {dtype}"
-
-    def generate(self, prompts, negatives, num_new: int, *, greedy: bool = False) -> list:
-        sampling = sampling_of(num_new)
-        if greedy:
-            sampling = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
-        completions = self._engine.generate(
-            prompts, negative_prompts=negatives, guidance=self.guidance, sampling=sampling
-        )
-        return [c.token_ids for c in completions]
-
-    def first_probs(self, prompts, negatives) -> torch.Tensor:
-        return self._engine.next_token_probs(
-            prompts, negative_prompts=negatives, guidance=self.guidance
-        )
-
-
-class HfSide:
-    """One Hugging Face variant as the other side."""
-
-    def __init__(self, paths: Checkpoints, mode: str, variant: Variant):
-        self.baseline = HfBaseline(paths, mode, variant, guidance_of(mode))
-        self.label = f"hf {variant.label(mode)}"
-
-    def generate(self, prompts, negatives, num_new: int, *, greedy: bool = False) -> list:
-        return self.baseline.generate(
-            prompts, negatives, num_new=num_new, top_p=TOP_P, greedy=greedy
-        ).tolist()
-
-    def first_probs(self, prompts, negatives) -> torch.Tensor:
-        baseline = self.baseline
-        return baseline.combine(baseline.prefill(prompts, negatives, 1)).softmax(dim=-1)
-
-
-def guidance_of(mode: str) -> Guidance:
-    return Guidance.none() if mode == "plain" else Guidance.recommended()
-
-
-def check_equal(paths: Checkpoints, mode: str, settings) -> None:
-    """Both sides draw the same greedy tokens and have the same first distribution, in fp32."""
-    texts = make_texts(
-        settings.vocab_size, NUM_CHECKED, settings.prompt_tokens, settings.negative_tokens
-    )
-    ours = EngineSide(paths, mode, "float32", NUM_CHECKED, settings)
-    expected = ours.generate(*texts, NUM_GREEDY, greedy=True)
-    probs = ours.first_probs(*texts)
-    for variant in candidates(mode, ("float32",), with_compiled=False):
-        theirs = HfSide(paths, mode, variant)
-        drawn = theirs.generate(*texts, NUM_GREEDY, greedy=True)
-        assert drawn == expected, f"{mode}, {theirs.label}: greedy tokens differ"
-        if variant.layout != "generate":
-            error = float((theirs.first_probs(*texts) - probs).abs().max())
-            assert error <= PROBS_TOLERANCE, f"{mode}, {theirs.label}: probabilities off {error}"
-    print(f"checked {mode}: greedy tokens and first distributions agree in fp32", flush=True)
 
 
 class Case:
@@ -115,41 +52,68 @@ class Case:
         self.clock = CLOCKS[settings.clock]
 
     def run(self) -> dict:
-        settings = self.settings
         floors = self._floors()
-        screened = self._screen()
-        best = min(screened, key=lambda row: row["estimate_s"])
-        sides = [EngineSide(self.paths, self.mode, d, self.batch, settings) for d in settings.dtype]
-        rows = [self._estimate(side) for side in sides]
-        if settings.repeats:
-            sides.append(HfSide(self.paths, self.mode, Variant(**best["variant"])))
-            rows = self._alternate(sides)
+        peers = {kind: self._screen(makers) for kind, makers in self._peers().items()}
+        makers = self._engines() + [make for make, _ in map(fastest, peers.values())]
+        if self.settings.repeats:
+            rows = self._repeat(makers)
         else:
-            rows.append(best | {"seconds": [best["estimate_s"]]})
+            rows = [self._estimate_and_close(make) for make in self._engines()]
+            rows += [row for _, row in map(fastest, peers.values())]
         for row in rows:
             row |= self._summary(row["seconds"])
             row["share_of_floor"] = round(floors["total_s"] / row["median_s"], 3)
         result = {"mode": self.mode, "batch": self.batch, "floor": floors, "rows": rows}
-        result["screened"] = screened
-        ours = max(row["tokens_s"] for row in rows if row["side"].startswith("engine"))
-        result["ratio_to_hf"] = round(ours / rows[-1]["tokens_s"], 2)
+        result["screened"] = [row for screened in peers.values() for _, row in screened]
+        ours = max(row["tokens_s"] for row in rows if row["kind"] == "engine")
+        for kind in peers:
+            theirs = next(row["tokens_s"] for row in rows if row["kind"] == kind)
+            result[f"ratio_to_{kind}"] = round(ours / theirs, 2)
         self._show(result)
         return result
+
+    def _engines(self) -> list[Callable[[], Side]]:
+        return [
+            functools.partial(EngineSide, self.paths, self.mode, dtype, self.batch, self.settings)
+            for dtype in self.settings.dtype
+        ]
+
+    def _peers(self) -> dict[str, list[Callable[[], Side]]]:
+        """What makes each variant, by kind of peer."""
+        settings, peers = self.settings, {}
+        if not settings.no_hf:
+            variants = hf_baseline.candidates(
+                self.mode, tuple(settings.hf_dtype), with_compiled=settings.compiled
+            )
+            peers["hf"] = [
+                functools.partial(HfSide, self.paths, self.mode, variant=variant)
+                for variant in variants
+                if not settings.variants
+                or any(word in variant.label(self.mode) for word in settings.variants)
+            ]
+        if runs_on_llama(self.mode, settings):
+            peers["llama"] = [
+                functools.partial(
+                    LlamaSide,
+                    self.paths,
+                    self.mode,
+                    variant=variant,
+                    batch=self.batch,
+                    settings=settings,
+                )
+                for variant in llama_baseline.candidates(self.mode, tuple(settings.llama_dtype))
+            ]
+        return peers
 
     def _texts(self, seed: int):
         settings = self.settings
         sizes = (settings.prompt_tokens, settings.negative_tokens)
         return make_texts(settings.vocab_size, self.batch, *sizes, seed=seed)
 
-    def _time(self, side, num_new: int, seed: int) -> float:
-        texts = self._texts(seed)
-        started_at = self.clock()
-        drawn = side.generate(*texts, num_new)
-        seconds = self.clock() - started_at
-        assert [len(row) for row in drawn] == [num_new] * self.batch
-        return seconds
+    def _time(self, side: Side, num_new: int, seed: int) -> float:
+        return side.time(self._texts(seed), num_new, self.clock)
 
-    def _estimate(self, side) -> dict:
+    def _estimate(self, side: Side) -> dict:
         """Seconds of the whole run from two short ones: 1 token, and SCREENED_STEPS more.
 
         Both at the beginning of the context, so it flatters a side whose steps grow with it.
@@ -165,42 +129,54 @@ class Case:
         estimate_s = shorter + step_s * (self.settings.new_tokens - 1)
         row = {
             "side": side.label,
+            "kind": side.kind,
             "first_token_s": round(shorter, 4),
             "step_s": round(step_s, 5),
             "estimate_s": round(estimate_s, 4),
             "seconds": [estimate_s],
-        }
+        } | side.describe()
         print(f"  estimate {row['side']}: {row['estimate_s']} s, step {step_s:.4f} s", flush=True)
         return row
 
-    def _screen(self) -> list[dict]:
-        rows = []
-        dtypes = tuple(self.settings.hf_dtype)
-        for variant in candidates(self.mode, dtypes, with_compiled=self.settings.compiled):
-            if self.settings.variants and not any(
-                word in variant.label(self.mode) for word in self.settings.variants
-            ):
-                continue
-            try:
-                side = HfSide(self.paths, self.mode, variant)
-                row = self._estimate(side) | {"variant": variant.describe()}
-            except Exception as error:  # a variant that this version of transformers does not run
-                reason = str(error).splitlines()[:1]
-                print(f"  {variant.label(self.mode)}: {type(error).__name__} {reason}", flush=True)
-                continue
-            rows.append(row)
-            del side
-            torch.compiler.reset()
-            gc.collect()
-        return rows
+    def _estimate_and_close(self, make: Callable[[], Side]) -> dict:
+        side = make()
+        try:
+            return self._estimate(side)
+        finally:
+            side.close()
 
-    def _alternate(self, sides: list) -> list[dict]:
-        rows = [{"side": side.label, "seconds": []} for side in sides]
+    def _screen(self, makers: list[Callable[[], Side]]) -> list[tuple[Callable[[], Side], dict]]:
+        """What makes each variant that runs, with its estimate."""
+        screened = []
+        for make in makers:
+            try:
+                row = self._estimate_and_close(make)
+            except Exception as error:  # a variant that the peer's version does not run
+                reason = str(error).splitlines()[:1]
+                variant = make.keywords["variant"]
+                print(f"  {variant}: {type(error).__name__} {reason}", flush=True)
+                continue
+            screened.append((make, row))
+        return screened
+
+    def _repeat(self, makers: list[Callable[[], Side]]) -> list[dict]:
+        """Seconds of every repeat; the sides take turns if they all fit into memory."""
+        if self.settings.one_at_a_time:
+            return [row for make in makers for row in self._alternate([make()])]
+        return self._alternate([make() for make in makers])
+
+    def _alternate(self, sides: list[Side]) -> list[dict]:
+        rows = [
+            {"side": side.label, "kind": side.kind, "seconds": []} | side.describe()
+            for side in sides
+        ]
         for side in sides:
             self._time(side, 2, seed=0)
         for repeat in range(self.settings.repeats):
             for side, row in zip(sides, rows, strict=True):
                 row["seconds"].append(self._time(side, self.settings.new_tokens, 100 + repeat))
+        for side in sides:
+            side.close()
         return rows
 
     def _summary(self, seconds: list[float]) -> dict:
@@ -242,19 +218,31 @@ class Case:
                 f"  {row['side']:48s} {row['tokens_s']:9.1f} tokens/s ({low} to {high}), "
                 f"{100 * row['share_of_floor']:.0f} % of the floor"
             )
-        print(f"  engine / fastest Hugging Face: {result['ratio_to_hf']}", flush=True)
+        for kind, name in PEER_NAMES.items():
+            if f"ratio_to_{kind}" in result:
+                print(f"  engine / fastest {name}: {result[f'ratio_to_{kind}']}", flush=True)
+
+
+def fastest(screened: list[tuple[Callable[[], Side], dict]]) -> tuple[Callable[[], Side], dict]:
+    if not screened:
+        raise RuntimeError("no variant of a peer runs here; the lines above say why")
+    return min(screened, key=lambda pair: pair[1]["estimate_s"])
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints are kept")
-    parser.add_argument("--size", choices=("tiny", "small"), default="small")
+    parser.add_argument("--size", choices=tuple(SHAPES), default="small")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--mode", nargs="+", choices=hf_baseline.MODES, default=hf_baseline.MODES)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="the engine's")
     parser.add_argument("--hf-dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--compiled", action="store_true", help="try torch.compile as well")
-    parser.add_argument("--variants", nargs="*", help="only variants whose label has such a word")
+    parser.add_argument("--variants", nargs="*", help="only HF's whose label has such a word")
+    parser.add_argument("--no-hf", action="store_true", help="leave Hugging Face out")
+    parser.add_argument("--llama", type=Path, help="the interpreter that has llama-cpp-python")
+    parser.add_argument("--llama-dtype", nargs="+", default=["bfloat16"])
+    parser.add_argument("--one-at-a-time", action="store_true", help="for models that fill memory")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--negative-tokens", type=int, default=200)
@@ -271,12 +259,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     settings = parse_arguments()
     torch.set_num_threads(settings.threads)
-    paths = ensure_checkpoints(settings.work / settings.size, SHAPES[settings.size])
-    import transformers
-
-    machine = describe_machine() | {"transformers": transformers.__version__}
+    paths = ensure_checkpoints(
+        settings.work / settings.size,
+        SHAPES[settings.size],
+        with_finetune="steer_full" in settings.mode,
+    )
+    machine = describe_machine()
+    if not settings.no_hf:
+        machine["transformers"] = importlib.metadata.version("transformers")
+    if settings.llama is not None:
+        machine["llama"] = describe_llama(settings.llama)
     print(json.dumps(machine))
-    shown = {k: v for k, v in vars(settings).items() if k not in ("work", "output")}
+    shown = {k: v for k, v in vars(settings).items() if k not in ("work", "output", "llama")}
     result = {"bench": "generate", "machine": machine, "settings": shown, "cases": []}
     for mode in settings.mode:
         if not settings.no_check:
