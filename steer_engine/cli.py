@@ -146,7 +146,8 @@ def generate(
     }
     err.print(f"guidance: {request['guidance'].describe()}", markup=False)
     check_output(values["output"], values["resume"])
-    machine = ("device", "dtype", "backend", "max_num_seqs", "max_model_len", "kv_cache_gib")
+    machine = ("device", "dtype", "weight_dtype", "backend")
+    machine += ("max_num_seqs", "max_model_len", "kv_cache_gib")
     engine = Engine.from_pretrained(
         values["base"], values["domain"], **{name: values[name] for name in machine}
     )
