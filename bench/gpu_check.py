@@ -154,6 +154,24 @@ def check_draws(report, device: torch.device, backends, num_seqs: int, num_steps
             )  # fmt: skip
 
 
+def check_engine(backend: str, device: torch.device) -> str:
+    """The engine writes the same texts with captured steps as with single launches."""
+    from gpu_sampler import require
+
+    from steer_engine import embedded
+
+    require(backend)
+    texts = {}
+    for cuda_graphs in (False, True):
+        engine = embedded.load_pair(
+            device=str(device), backend=backend, max_num_seqs=12, cuda_graphs=cuda_graphs
+        )
+        dataset = engine.generate_dataset(**embedded.demo_request(), num_examples=40)
+        texts[cuda_graphs] = dataset.texts
+    assert texts[True] == texts[False], "captured steps draw other tokens"
+    return f"{len(texts[True])} examples"
+
+
 def check_sanitizer(tool: str, timeout_s: float) -> str:
     """The short run in a process of its own below compute-sanitizer."""
     from gpu_report import NotThereError
@@ -256,6 +274,8 @@ def main() -> int:
         check_bits(report, device, vocab_sizes, BATCH_SIZES, GPU_BACKENDS)
     if "graph" in parts:
         check_graphs(report, device, (1000, FULL_VOCAB_SIZE), GPU_BACKENDS)
+        for backend in GPU_BACKENDS:
+            report.check(f"engine with captured steps, {backend}", check_engine, backend, device)
     if "ops" in parts:
         check_ops(report, device, "triton")
     measure(report, device, parts)

@@ -17,10 +17,10 @@ from gpu_sampler import plain_case, require
 from gpu_times import Ceilings, record
 
 from steer_engine import ops
-from steer_engine.batch import Batch, DecodeRows
+from steer_engine.batch import ROW_ORDER, Batch, DecodeRows
 from steer_engine.checkpoint import ModuleKind, linear_shape
 from steer_engine.config import FalconConfig
-from steer_engine.guidance import Guidance, PassKind
+from steer_engine.guidance import Guidance
 from steer_engine.kv_cache import KVCache
 from steer_engine.loader import ModelLoader
 from steer_engine.lora import LoraAdapter, LoraWeights
@@ -102,10 +102,9 @@ class Step:
             block_size=BLOCK_SIZE,
             is_prefill=False,
         )
-        # Rows lie [domain | negative | base], logits in the order of PassKind.
-        logit_rows = rows.view(3, num_seqs)[[0, 2, 1]].contiguous()
+        logit_rows = rows.view(3, num_seqs)
         limits = torch.full_like(batch.seq_lens, per_row * BLOCK_SIZE)
-        self.rows = DecodeRows(batch, logit_rows, list(PassKind), rows % num_seqs, limits)
+        self.rows = DecodeRows(batch, logit_rows, list(ROW_ORDER), rows % num_seqs, limits)
         guidances = [Guidance(1.2, -0.2, -0.2)] * num_seqs
         self.head = model.head_rows(guidances, self.rows.passes, folds=folds)
         case = plain_case(torch.zeros(1, config.vocab_size), num_seqs, top_p=0.9)

@@ -473,8 +473,8 @@ void forward_op(const Tensor& model, const Tensor& layers, double eps, const Ten
 }
 
 void logits_op(const Tensor& model, double eps, const Tensor& residual, const Tensor& logit_rows,
-               std::vector<bool> is_base, const Tensor& coefficients, const Tensor& is_low,
-               const Tensor& normed, const Tensor& out) {
+               std::vector<bool> is_base, int64_t num_domain_rows, const Tensor& coefficients,
+               const Tensor& is_low, const Tensor& normed, const Tensor& out) {
   const ModelWeights& m = *struct_table<ModelWeights>(model, "model", 1);
   check_tensor(residual, "residual", {{"num_rows"}, {"hidden_size", m.hidden_size}}, {kFp32},
                Layout::kUnitStride);
@@ -489,6 +489,8 @@ void logits_op(const Tensor& model, double eps, const Tensor& residual, const Te
   const int64_t num_rows = coefficients.size(0);
   check_that(num_rows >= 1 && num_rows <= num_passes,
              "coefficients must have 1 to num_passes rows, got " + std::to_string(num_rows));
+  check_that(num_domain_rows >= 1 && num_domain_rows <= num_rows,
+             "num_domain_rows must be 1 to num_rows, got " + std::to_string(num_domain_rows));
   check_tensor(is_low, "is_low", {{"num_rows", num_rows}, {"num_seqs", num_seqs}},
                {ScalarType::Bool});
   check_tensor(normed, "normed",
@@ -511,6 +513,7 @@ void logits_op(const Tensor& model, double eps, const Tensor& residual, const Te
       .normed = mutable_data<void>(normed),
       .logits = mutable_data<float>(out),
       .num_rows = num_rows,
+      .num_domain_rows = num_domain_rows,
       .num_passes = num_passes,
       .num_seqs = num_seqs,
   };
@@ -659,7 +662,8 @@ STABLE_TORCH_LIBRARY(steer_engine, m) {
       "Tensor(b!) v_cache, Tensor(c!) residual, Tensor(d!) normed, Tensor(e!) wide) -> ()");
   m.def(
       "logits(Tensor model, float eps, Tensor residual, Tensor logit_rows, bool[] is_base, "
-      "Tensor coefficients, Tensor is_low, Tensor(a!) normed, Tensor(b!) out) -> ()");
+      "int num_domain_rows, Tensor coefficients, Tensor is_low, Tensor(a!) normed, Tensor(b!) out) "
+      "-> ()");
   m.def(
       "guided_sample(Tensor logits, Tensor weights, Tensor inv_temperature, Tensor greedy, "
       "Tensor log_alpha, Tensor top_k, Tensor top_p_fixed, int seed, Tensor stream_ids, "

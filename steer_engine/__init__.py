@@ -10,6 +10,7 @@ from .errors import CapacityError, CheckpointError, DataError, RunError, SteerEr
 from .generation import Convergence
 from .guidance import Guidance
 from .machine import EngineConfig
+from .methods import Method
 from .negatives import NegativePrompts
 from .sampling import SamplingParams
 
@@ -25,6 +26,7 @@ __all__ = [
     "EngineConfig",
     "Example",
     "Guidance",
+    "Method",
     "NegativePrompts",
     "RunError",
     "SamplingParams",

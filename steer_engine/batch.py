@@ -125,7 +125,7 @@ class DecodeRows:
                     limits.append(len(running_pass.prompt_ids) - 1 + sequence.sampling.max_tokens)
         present = {kind for _, kind in row_of}
         # The sampler reads the first pass as the domain's, for the plausibility cut.
-        passes = [k for k in PassKind if k in present or k is PassKind.DOMAIN]
+        passes = [k for k in ROW_ORDER if k in present or k is PassKind.DOMAIN]
         logit_rows = [[row_of.get((i, kind), 0) for i in range(len(running))] for kind in passes]
         batch = build_batch(
             rows, input_ids, positions, block_size=block_size, is_prefill=False, device=device

@@ -29,7 +29,7 @@ from .errors import SteerError
 from .machine import available_bytes, has_fast_bf16, max_cache_bytes
 from .options import (
     OPTIONS,
-    build_guidance,
+    build_method,
     build_negatives,
     build_prompts,
     build_sampling,
@@ -51,6 +51,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+win_rate = typer.Typer(no_args_is_help=True, help="Ask human judges which of two sets is better.")
+app.add_typer(win_rate, name="win-rate")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -134,7 +136,7 @@ def generate(
         "prompt": build_prompts(values),
         "num_examples": values["num_examples"],
         "real": values["real"],
-        "guidance": build_guidance(values),
+        "method": build_method(values),
         "negatives": build_negatives(values),
         "sampling": build_sampling(values),
         "max_attempts": values["max_attempts"],
@@ -144,7 +146,7 @@ def generate(
         "resume": values["resume"],
         "progress": values["progress"],
     }
-    err.print(f"guidance: {request['guidance'].describe()}", markup=False)
+    err.print(f"guidance: {request['method'].describe()}", markup=False)
     check_output(values["output"], values["resume"])
     machine = ("device", "dtype", "weight_dtype", "backend")
     machine += ("max_num_seqs", "max_model_len", "kv_cache_gib")
@@ -240,6 +242,40 @@ def _print_summary(dataset: SyntheticDataset, output: Path) -> None:
         table.add_row(name.replace("_", " "), str(shown))
     out.print(table)
     out.print(f"data set: {output / 'examples.jsonl'}", markup=False, soft_wrap=True)
+
+
+@win_rate.command("export")
+def win_rate_export(
+    run_a: Annotated[Path, typer.Argument(help="Run directory, or a file of texts.")],
+    run_b: Annotated[Path, typer.Argument(help="What it is compared with.")],
+    output: Annotated[Path, typer.Option(help="Directory of the pairs and their key.")],
+    num_pairs: Annotated[
+        int | None, typer.Option(min=1, help="Pairs. [default: as many as there are]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of pairs and sides.")] = 0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Write blinded pairs of texts for human judges."""
+    from .evaluate.win_rate import KEY_FILE, PAIRS_FILE, export_pairs
+
+    count = export_pairs(run_a, run_b, output, num_pairs=num_pairs, seed=seed)
+    out.print(
+        f"{count} pairs in {output / PAIRS_FILE}: give each judge a copy, and keep {KEY_FILE} from "
+        f"them; put the copies into {output} and run `steer-engine win-rate score {output}`",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@win_rate.command("score")
+def win_rate_score(
+    directory: Annotated[Path, typer.Argument(help="Directory of the pairs, their key and votes.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Count the judges' votes, and test whether the first set is the better one."""
+    from .evaluate.win_rate import score_votes
+
+    out.print(score_votes(directory).describe(), markup=False, soft_wrap=True)
 
 
 @app.command()

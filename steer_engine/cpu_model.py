@@ -56,6 +56,7 @@ class CpuFalconModel(FalconModel):
             residual,
             logit_rows,
             [kind is PassKind.BASE for kind in head.passes],
+            head.num_domain_rows,
             head.coefficients,
             head.is_low,
             torch.empty(num_rows * num_seqs, self.config.hidden_size, dtype=self.dtype),

@@ -2,7 +2,7 @@
 
 One step: the scheduler admits sequences, the model prefills their prompts, then every running
 sequence's passes are stacked into one batch, run through the model, and one token per sequence is
-drawn from the combined logits.
+drawn from the combined logits. Sequences of contrastive search step beside them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
-from . import sampler
+from . import ops, sampler
 from .batch import DecodeRows
+from .contrastive_search import ContrastiveSearcher
 from .dataset import SyntheticDataset, is_unicode
+from .decode_graphs import DecodeGraphs
 from .errors import CapacityError
 from .generation import Convergence, DatasetRequest, DatasetRun
 from .guidance import Guidance, PassKind
@@ -34,9 +36,10 @@ from .machine import (
     naming_settings,
     num_cache_blocks,
 )
+from .methods import Method, resolve
 from .negatives import NegativePrompts
 from .pair import ModelPair
-from .sampling import SamplingParams
+from .sampling import ContrastiveSearch, SamplingParams
 from .scheduler import Scheduler
 from .sequence import FINISH_LENGTH, DecodingSequence
 
@@ -49,7 +52,7 @@ class Completion:
 
     finish_reason: "stop", "eos", "length", or "error" where a NaN or infinite logit ended it.
     logprobs: of the drawn tokens, under the distribution they were drawn from (after guidance,
-        temperature, top-k and top-p).
+        temperature, top-k and top-p); with contrastive search, under the model's.
     """
 
     text: str
@@ -95,9 +98,16 @@ class Engine:
             num_blocks = num_cache_blocks(self.config, self.model_config)
             self.kv_cache = KVCache(self.model_config, num_blocks, BLOCK_SIZE, dtype, device)
         self.scheduler = Scheduler(self.kv_cache, self.config.max_num_seqs)
+        self._searcher = ContrastiveSearcher(self.model, self.kv_cache)
         self._sampler = sampler.Sampler(
             self.config.backend, folds_head=self.config.fold_head, model=self.model
         )
+        self._graphs: DecodeGraphs | None = None
+        if self.config.cuda_graphs:
+            draw_op = ops.implementation(self.config.backend).draw
+            self._graphs = DecodeGraphs(
+                self.model, self.kv_cache, draw_op, self.config.max_model_len
+            )
 
     @classmethod
     def from_pretrained(
@@ -114,6 +124,7 @@ class Engine:
         kv_cache_gib: float | None = None,
         fold_head: bool = True,
         steps_per_poll: int | None = None,
+        cuda_graphs: bool | None = None,
     ) -> Engine:
         """Load Hugging Face checkpoint directories.
 
@@ -122,7 +133,7 @@ class Engine:
             domain: directory of a full fine-tune or of a PEFT LoRA adapter for base; None: plain
                 decoding of base.
             device, dtype, weight_dtype, backend, max_num_seqs, max_model_len, kv_cache_gib,
-                fold_head, steps_per_poll: see EngineConfig.
+                fold_head, steps_per_poll, cuda_graphs: see EngineConfig.
         Raises:
             CheckpointError: something does not fit; found from headers, before weights are read.
             CapacityError: memory does not suffice.
@@ -138,6 +149,7 @@ class Engine:
             kv_cache_gib=kv_cache_gib,
             fold_head=fold_head,
             steps_per_poll=steps_per_poll,
+            cuda_graphs=cuda_graphs,
         )
         return cls(ModelPair.open(base, domain), config)
 
@@ -148,6 +160,7 @@ class Engine:
         negative_prompts: Sequence[Prompt] | None = None,
         guidance: Guidance | None = None,
         sampling: SamplingParams | None = None,
+        method: str | Method | None = None,
         seed: int = 0,
     ) -> list[Completion]:
         """Continue each prompt.
@@ -159,13 +172,21 @@ class Engine:
             guidance: None: Guidance.recommended() if there is a domain model and negative_prompts
                 are given, else Guidance.none().
             sampling: None: SamplingParams().
+            method: how to decode, a name or Method.of(name, ...), in place of guidance. It also
+                decides temperature, top_p and top_k, see methods.resolve.
             seed: int in [0, 2**64).
         Returns: completions in the order of the prompts; prompt i draws from stream i of the seed.
         Raises:
             ValueError: arguments do not fit each other or the model.
             CapacityError: a prompt can never fit the cache.
         """
-        sequences = self._sequences(prompts, negative_prompts, guidance, sampling, seed)
+        if method is not None:
+            method, sampling = resolve(method, guidance, sampling)
+            method.check_passes(has_negative_prompts=negative_prompts is not None)
+            guidance = method.guidance
+        sequences = self._sequences(
+            prompts, negative_prompts, guidance, sampling, seed, method and method.search
+        )
         finished: dict[int, DecodingSequence] = {}
         for done in self._decode(sequences, seed):
             finished[done.key] = done
@@ -220,6 +241,7 @@ class Engine:
         guidance: Guidance | None = None,
         negatives: NegativePrompts | None = None,
         sampling: SamplingParams | None = None,
+        method: str | Method | None = None,
         accept: Callable[[str], bool] | None = None,
         max_attempts: int = 10,
         until: Convergence | None = None,
@@ -239,6 +261,9 @@ class Engine:
             guidance: None: Guidance.recommended(), or Guidance.none() without a domain model.
             negatives: None: NegativePrompts().
             sampling: None: SamplingParams(top_p=0.9).
+            method: as in `generate`. Where it draws nothing at random (greedy, contrastive_search),
+                the data set may not be larger than the number of prompts, unless every example has
+                real ones in front of its prompt: Method.of("greedy", in_context=True).
             accept: called with each text; False draws the example again.
             max_attempts: draws per example in all, after rejections and failed draws.
             until: stop early once the data set has converged.
@@ -255,6 +280,11 @@ class Engine:
                 many draws met NaN or infinite logits.
             CapacityError: an example can never fit the cache.
         """
+        if method is not None:
+            method, sampling = resolve(method, guidance, sampling)
+            guidance = method.guidance
+            # Another attempt would end alike.
+            max_attempts = 1 if method.is_deterministic else max_attempts
         if guidance is None:
             guidance = Guidance.recommended() if self.has_domain else Guidance.none()
         self._check_guidance(guidance)
@@ -269,7 +299,10 @@ class Engine:
             max_attempts=max_attempts,
             until=until,
             seed=seed,
+            search=method and method.search,
         )
+        if method is not None:
+            method.check_data_set(num_examples, request.prompts, real, request.negatives)
         run = DatasetRun(self, request, real)
         try:
             return run.execute(output, resume=resume, progress=progress)
@@ -283,8 +316,9 @@ class Engine:
     def describe(self) -> dict[str, object]:
         """Settings that the generated bytes depend on, for run.json."""
         settings = asdict(self.config)
-        # These decide who waits and when the host looks, not what is drawn.
-        settings["kv_cache_gib"] = settings["steps_per_poll"] = None
+        # These decide who waits, when the host looks and who launches, not what is drawn.
+        for name in ("kv_cache_gib", "steps_per_poll", "cuda_graphs"):
+            settings[name] = None
         return settings | {"num_layers": self.model_config.num_layers}
 
     def make_sequence(
@@ -294,6 +328,7 @@ class Engine:
         prompts: dict[PassKind, list[int]],
         guidance: Guidance,
         sampling: SamplingParams,
+        search: ContrastiveSearch | None = None,
     ) -> DecodingSequence:
         """A sequence ready to be queued. Raises ValueError or CapacityError if it can never run."""
         outside = [i for i in sampling.stop_token_ids if i >= self.model_config.vocab_size]
@@ -302,7 +337,7 @@ class Engine:
                 f"stop_token_ids must be in [0, {self.model_config.vocab_size}), got {outside[0]}"
             )
         sequence = DecodingSequence(
-            key, stream_id, prompts, guidance, sampling, self.tokenizer, self.eos_token_ids
+            key, stream_id, prompts, guidance, sampling, self.tokenizer, self.eos_token_ids, search
         )
         for running_pass in sequence.passes:
             length = len(running_pass.prompt_ids) + sampling.max_tokens
@@ -364,43 +399,65 @@ class Engine:
     def step(self, seed: int) -> list[DecodingSequence]:
         """Draw steps_per_poll tokens for every running sequence; returns those that ended.
 
+        A sequence whose tokens are searched for gets one token in that time.
+        """
+        self.scheduler.admit()
+        with naming_settings("running a prompt", "set a smaller kv_cache_gib or max_num_seqs"):
+            self._prefill()
+        self._draw(self.scheduler.drawing, seed)
+        self._searcher.step(self.scheduler.searching)
+        return self.scheduler.retire()
+
+    def _draw(self, running: list[DecodingSequence], seed: int) -> None:
+        """Draw steps_per_poll tokens for each of the drawing sequences.
+
         The host reads the tokens once, at the end. What a sequence draws behind its end is dropped.
         """
-        admitted = self.scheduler.admit()
-        with naming_settings("running a prompt", "set a smaller kv_cache_gib or max_num_seqs"):
-            self._prefill(admitted)
-        running = self.scheduler.running
         if not running:
-            return []
+            return
         rows = self.scheduler.decode_rows()
         draw = self._sampler.prepare(rows, running)
-        steps = []
-        for _ in range(min(self.config.steps_per_poll, self.scheduler.most_steps_left)):
+
+        def draw_and_advance() -> Sampled:
             logits = self._logits(rows, draw.head)
             sampled = self._sampler.draw(logits, draw, running, seed=seed)
             rows.advance(sampled.token_ids)
-            steps.append(sampled)
+            return sampled
+
+        captured = self._graphs and self._graphs.step_for(draw, running, seed)
+        draw_next = captured or draw_and_advance
+        num_steps = min(self.config.steps_per_poll, self.scheduler.most_steps_left)
+        steps = [draw_next() for _ in range(num_steps)]
         for drawn in read_steps(steps):
             for sequence, *token in zip(running, *drawn, strict=True):
                 if sequence.finish_reason is None:
                     sequence.append(*token)
         draw.num_ahead = 0
-        return self.scheduler.retire()
 
     def _decode(
         self, sequences: Sequence[DecodingSequence], seed: int
     ) -> Iterator[DecodingSequence]:
         self.scheduler.waiting.extend(sequences)
         try:
-            while self.scheduler.waiting or self.scheduler.running:
+            while self.scheduler.num_queued:
                 yield from self.step(seed)
         finally:
             self.scheduler.reset()
 
-    def _prefill(self, admitted: list[DecodingSequence]) -> None:
-        for batch in self.scheduler.prefill_batches(admitted, self.config.max_prefill_tokens):
-            self.model.forward(batch, self.kv_cache)
-        self.kv_cache.copy_tails([p.allocation for s in admitted for p in s.passes])
+    def _prefill(self) -> None:
+        """Run the prompts of admitted sequences.
+
+        Where others are decoding, one forward at a time, so that they wait for no more than that.
+        """
+        is_decoding = bool(self.scheduler.running)
+        while prefill := self.scheduler.next_prefill(self.config.max_prefill_tokens):
+            if prefill.batch is not None:
+                self.model.forward(prefill.batch, self.kv_cache)
+            searching = [s for s in prefill.complete if s.search is not None]
+            self._searcher.prefill(searching, self.config.max_prefill_tokens)
+            self.scheduler.start(prefill.complete)
+            if is_decoding:
+                break
 
     def _logits(self, rows: DecodeRows, head: HeadRows) -> torch.Tensor:
         residual = self.model.forward(rows.batch, self.kv_cache)
@@ -417,7 +474,8 @@ class Engine:
         self.scheduler.waiting.extend(sequences)
         try:
             while self.scheduler.waiting:
-                self._prefill(self.scheduler.admit())
+                self.scheduler.admit()
+                self._prefill()
                 rows = self.scheduler.decode_rows()
                 guidances = [s.guidance for s in self.scheduler.running]
                 head = self.model.head_rows(guidances, rows.passes, folds=False)
@@ -429,7 +487,7 @@ class Engine:
             self.scheduler.reset()
 
     def _sequences(
-        self, prompts, negative_prompts, guidance, sampling, seed: int
+        self, prompts, negative_prompts, guidance, sampling, seed: int, search=None
     ) -> list[DecodingSequence]:
         if isinstance(prompts, str):
             raise ValueError("prompts must be a list of prompts, got one str; write [prompt]")
@@ -457,7 +515,7 @@ class Engine:
                     negative_prompts[i], f"negative_prompts[{i}]"
                 )
             sequences.append(
-                self.make_sequence(i, i, per_pass, guidance, sampling or SamplingParams())
+                self.make_sequence(i, i, per_pass, guidance, sampling or SamplingParams(), search)
             )
         return sequences
 

@@ -27,7 +27,7 @@ from .guidance import Guidance, PassKind
 from .negatives import NegativePool, NegativePrompt, NegativePrompts
 from .progress import ProgressBar
 from .run_directory import RunDirectory
-from .sampling import SamplingParams
+from .sampling import ContrastiveSearch, SamplingParams
 from .sequence import FINISH_ERROR, DecodingSequence
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class DatasetRequest:
     max_attempts: int
     until: Convergence | None
     seed: int
+    search: ContrastiveSearch | None = None
 
     def __post_init__(self):
         check_number("num_examples", self.num_examples, low=1, high=1 << INDEX_BITS, is_int=True)
@@ -98,6 +99,8 @@ class DatasetRequest:
             "max_attempts": self.max_attempts,
             "until": self.until and asdict(self.until),
             "seed": self.seed,
+            # Not there otherwise, so that runs written before it was known can be resumed.
+            **({"search": asdict(self.search)} if self.search else {}),
         }
 
 
@@ -176,7 +179,9 @@ class DatasetRun:
             # What can never run is refused before anything is written. Negative prompts are cut to
             # fit, down to the prompt alone.
             prompts = dict.fromkeys(PassKind, token_ids)
-            engine.make_sequence(label, 0, prompts, request.guidance, request.sampling)
+            engine.make_sequence(
+                label, 0, prompts, request.guidance, request.sampling, request.search
+            )
 
     def execute(
         self, output: str | Path | None, *, resume: bool, progress: bool
@@ -236,7 +241,7 @@ class DatasetRun:
     def _queue(self, next_index: int, num_written: int) -> int:
         """Queue examples while places are free and pools complete; returns the next index."""
         scheduler, request = self.engine.scheduler, self.request
-        places = scheduler.max_num_seqs - len(scheduler.running) - len(scheduler.waiting)
+        places = scheduler.max_num_seqs - scheduler.num_queued
         while (
             places > 0
             and next_index < request.num_examples
@@ -273,10 +278,10 @@ class DatasetRun:
         return self._negatives[key]
 
     def _sequence(self, index: int) -> DecodingSequence:
-        started = self._started[index]
+        started, request = self._started[index], self.request
         stream_id = (started.attempt - 1) << INDEX_BITS | index
         return self.engine.make_sequence(
-            index, stream_id, started.prompts, self.request.guidance, self.request.sampling
+            index, stream_id, started.prompts, request.guidance, request.sampling, request.search
         )
 
     def _take(self, sequence: DecodingSequence) -> None:

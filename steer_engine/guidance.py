@@ -15,7 +15,7 @@ from .errors import check_number
 
 
 class PassKind(IntEnum):
-    """The forward passes of one sequence; the value is the pass's index in the sampler's logits."""
+    """The forward passes of one sequence; the value is the index of the pass's weight."""
 
     DOMAIN = 0
     BASE = 1

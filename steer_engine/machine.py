@@ -20,6 +20,7 @@ INT8 = "int8"
 BLOCK_SIZE = 64  # tokens per block of the KV cache
 CPU_CACHE_SHARE = 0.4  # of the memory that is available once the weights are loaded
 CUDA_CACHE_SHARE = 0.9
+CAPTURABLE_BACKENDS = ("triton", "cuda")  # the reference's attention asks the device for sizes
 STEPS_PER_POLL = {"cpu": 1, "cuda": 8}
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -40,11 +41,13 @@ class EngineConfig:
             max_position_embeddings.
         kv_cache_gib: size of the KV cache; None: enough for max_num_seqs sequences of max_model_len
             with three passes, within 40 % of the free memory (90 % on a GPU).
-        max_prefill_tokens: prompt tokens per forward.
+        max_prefill_tokens: prompt tokens per forward; decoding waits for one such forward at most.
         fold_head: combine the passes in front of the LM head instead of behind it where that saves
             rows (head.py).
         steps_per_poll: decode steps between two looks of the host at the tokens; None: 8 on a GPU,
             which runs on in the meantime, 1 on a CPU. Texts do not depend on it.
+        cuda_graphs: replay decode steps as CUDA graphs (decode_graphs.py); None: on a GPU with the
+            triton and cuda backends. Texts do not depend on it.
     """
 
     device: str = "auto"
@@ -57,6 +60,7 @@ class EngineConfig:
     max_prefill_tokens: int = 512
     fold_head: bool = True
     steps_per_poll: int | None = None
+    cuda_graphs: bool | None = None
 
     def __post_init__(self):
         check_number("max_num_seqs", self.max_num_seqs, low=1, is_int=True)
@@ -110,6 +114,13 @@ class EngineConfig:
                 f"max_model_len {max_model_len} is over the model's context of "
                 f"{model.max_position_embeddings} tokens"
             )
+        backend = ops.resolve_backend(self.backend, device)
+        can_capture = device.type == "cuda" and backend in CAPTURABLE_BACKENDS
+        if self.cuda_graphs and not can_capture:
+            raise ValueError(
+                f"cuda_graphs needs a GPU and backend {' or '.join(CAPTURABLE_BACKENDS)}, got "
+                f"device {device} and backend {backend}; leave it unset"
+            )
         return replace(
             self,
             device=str(device),
@@ -117,6 +128,7 @@ class EngineConfig:
             weight_dtype=weight_dtype,
             backend=backend,
             max_model_len=max_model_len,
+            cuda_graphs=can_capture if self.cuda_graphs is None else self.cuda_graphs,
             steps_per_poll=self.steps_per_poll or STEPS_PER_POLL[device.type],
         )
 

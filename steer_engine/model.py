@@ -240,6 +240,11 @@ class FalconModel:
         return buffers.residual
 
     @property
+    def buffers(self) -> tuple[Buffers | None, torch.Tensor | None]:
+        """What forward and compute_logits write to, until they need more."""
+        return self._buffers, self._logits
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all weight matrices, scales of int8 included; a tied head counts once."""
         packed = [self.embedding, self.head, self.domain_embedding, self.domain_head]
@@ -280,11 +285,13 @@ class FalconModel:
                 for coefficients, is_low in zip(head.coefficients, head.is_low, strict=True)
             ]
         )
-        if self.domain_head is None:  # one product, so its weights are read once
-            self.ops.linear(x.flatten(0, 1), self.head, logits.flatten(0, 1))
-            return logits
-        for kind, row, out in zip(head.passes, x, logits, strict=False):
-            self.ops.linear(row, self.head if kind is PassKind.BASE else self.domain_head, out)
+        # One product per head, so that its weights are read once.
+        boundary = head.num_domain_rows
+        parts = [(self.domain_head or self.head, x[:boundary], logits[:boundary])]
+        if boundary < num_rows:
+            parts.append((self.head, x[boundary:], logits[boundary:]))
+        for weight, rows, out in parts:
+            self.ops.linear(rows.flatten(0, 1), weight, out.flatten(0, 1))
         return logits
 
     def _combine(

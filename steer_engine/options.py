@@ -12,17 +12,18 @@ from typing import Any
 
 import yaml
 
+from . import methods
 from .errors import nearest_hint
 from .generation import Convergence
 from .guidance import Guidance
 from .machine import EngineConfig
+from .methods import METHODS, PARAMETERS, Method
 from .negatives import AS_MANY_AS_FIT, NegativePrompts
 from .sampling import SamplingParams
 
-METHODS = ("steer", "contrastive", "cfg", "none")
-DEFAULT_GAMMA = DEFAULT_ETA = 0.2
-DEFAULT_TOP_P = 0.9
-
+_steer, _cfg, _top_k, _search = map(
+    methods.defaults, ("steer", "cfg", "top_k", "contrastive_search")
+)
 _machine = EngineConfig()
 _sampling = SamplingParams()
 _negatives = NegativePrompts()
@@ -62,13 +63,20 @@ OPTIONS = (
     Option("output", str, None, "Run directory.", "required"),
     Option("resume", bool, True, "Go on with a run that the directory holds."),
     Option("seed", int, 0, "Seed of every random choice."),
-    Option("method", str, None, f"How to decode: {', '.join(METHODS)}.", "steer with --domain"),
-    Option("gamma", float, None, "Strength of contrastive expert guidance.", f"{DEFAULT_GAMMA}"),
-    Option("eta", float, None, "Strength of negative prompting (method steer).", f"{DEFAULT_ETA}"),
-    Option("form", str, "released", "Form of STEER: paper or released."),
-    Option("scale", float, None, "Scale of classifier-free guidance (method cfg).", "1.5"),
-    Option("alpha", float, 0.0, "Plausibility cut; 0 is off."),
-    Option("normalize", bool, False, "Divide the weights by their sum."),
+    Option(
+        "method",
+        str,
+        None,
+        f"How to decode: {', '.join(METHODS)}.",
+        "steer with --domain, else none",
+    ),
+    Option("gamma", float, None, "Strength of contrastive expert guidance.", f"{_steer['gamma']}"),
+    Option("eta", float, None, "Strength of negative prompting.", f"{_steer['eta']}"),
+    Option("form", str, None, "Form of steer or negative: paper or released.", f"{_steer['form']}"),
+    Option("scale", float, None, "Scale of classifier-free guidance.", f"{_cfg['scale']}"),
+    Option("alpha", float, None, "Plausibility cut of a guided method.", "off"),
+    Option("normalize", bool, None, "Divide the weights by their sum.", "off"),
+    Option("in_context", bool, None, "Put the negative examples in front of the prompt.", "off"),
     Option("num_negatives", str, str(_negatives.num_examples), "Negative examples, or max."),
     Option("template", str, _negatives.template, "Layout of the negative prompt."),
     Option("separator", str, _negatives.separator, "Stands between negative examples."),
@@ -77,11 +85,22 @@ OPTIONS = (
     ),
     Option("share", int, _negatives.share, "Consecutive examples that share their negatives."),
     Option("negative_max_tokens", int, None, "Longest negative prompt.", "what the context leaves"),
+    Option("temperature", float, None, "Divides the combined logits; 0 is greedy.", "1"),
+    Option("top_p", float, None, "Mass of the nucleus.", f"{_steer['top_p']} where it applies"),
     Option(
-        "temperature", float, _sampling.temperature, "Divides the combined logits; 0 is greedy."
+        "top_k",
+        int,
+        None,
+        "Tokens kept before top-p, or the candidates of contrastive-search.",
+        f"{_top_k['top_k']} with top-k, {_search['top_k']} with contrastive-search, else off",
     ),
-    Option("top_p", float, DEFAULT_TOP_P, "Mass of the nucleus."),
-    Option("top_k", int, _sampling.top_k, "Tokens kept before top-p; 0 is off."),
+    Option(
+        "penalty_alpha",
+        float,
+        None,
+        "Weight of contrastive-search's degeneration penalty.",
+        f"{_search['penalty_alpha']}",
+    ),
     Option("max_tokens", int, _sampling.max_tokens, "Longest example in tokens."),
     Option("min_tokens", int, _sampling.min_tokens, "No example ends before so many tokens."),
     Option("stop", list, None, "A string that ends an example; may be repeated.", "none"),
@@ -188,35 +207,26 @@ def build_prompts(values: dict[str, Any]) -> str | dict[str, str]:
     return {str(label): text for label, text in prompts.items()}
 
 
-def build_guidance(values: dict[str, Any]) -> Guidance:
-    """Guidance of the options; UsageError where they do not go together."""
+def build_method(values: dict[str, Any]) -> Method:
+    """The decoding method of the options; UsageError where they do not go together."""
     has_domain = values["domain"] is not None
-    method = values["method"] or ("steer" if has_domain else "none")
-    if method not in METHODS:
-        raise UsageError(
-            f"--method must be one of {', '.join(METHODS)}, got "
-            f"{method!r}{nearest_hint(method, METHODS)}"
-        )
-    used = {"steer": ("gamma", "eta"), "contrastive": ("gamma",), "cfg": ("scale",), "none": ()}
-    for name in ("gamma", "eta", "scale"):
-        if values[name] is not None and name not in used[method]:
-            reason = "" if has_domain else ", which is the default without --domain"
-            raise UsageError(f"{flag(name)} has no meaning with method {method}{reason}")
-    if method in ("steer", "contrastive") and not has_domain:
-        raise UsageError(f"method {method} needs --domain beside --base")
-    gamma = DEFAULT_GAMMA if values["gamma"] is None else values["gamma"]
-    eta = DEFAULT_ETA if values["eta"] is None else values["eta"]
-    alpha = values["alpha"]
-    if method == "steer":
-        guidance = Guidance.steer(gamma, eta, form=values["form"], alpha=alpha)
-    elif method == "contrastive":
-        guidance = Guidance.contrastive(gamma, alpha=alpha)
-    elif method == "cfg":
-        scale = 1.5 if values["scale"] is None else values["scale"]
-        guidance = Guidance.cfg(scale, alpha=alpha)
-    else:
-        guidance = Guidance(alpha=alpha)
-    return guidance.normalized() if values["normalize"] else guidance
+    try:
+        name = methods.canonical(values["method"] or ("steer" if has_domain else "none"))
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+    given = {p: values[p] for p in PARAMETERS if values[p] is not None and values[p] is not False}
+    for parameter in methods.unused_parameters(name, given):
+        default_for = "with" if has_domain else "without"
+        reason = "" if values["method"] else f", which is the default {default_for} --domain"
+        raise UsageError(f"{flag(parameter)} has no meaning with method {name}{reason}")
+    if methods.needs_domain(name) and not has_domain:
+        raise UsageError(f"method {name} needs --domain beside --base")
+    return Method.of(name, **given)
+
+
+def build_guidance(values: dict[str, Any]) -> Guidance:
+    """Guidance of the options."""
+    return build_method(values).guidance
 
 
 def build_negatives(values: dict[str, Any]) -> NegativePrompts:
@@ -246,9 +256,9 @@ def build_sampling(values: dict[str, Any]) -> SamplingParams:
         stop_token_ids = tuple(int(i) for i in ids.split(",") if i.strip())
     except ValueError:
         raise UsageError(f"--stop-token-ids must be ints with commas, got {ids!r}") from None
-    names = ("temperature", "top_p", "top_k", "max_tokens", "min_tokens")
-    names += ("ignore_eos", "include_stop")
+    names = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
     return SamplingParams(
+        **build_method(values).shape,
         **{name: values[name] for name in names},
         stop=tuple(values["stop"] or ()),
         stop_token_ids=stop_token_ids,

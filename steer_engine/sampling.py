@@ -1,10 +1,12 @@
-"""SamplingParams: how tokens are drawn and when a sequence ends."""
+"""How tokens are drawn or searched for, and when a sequence ends."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from .errors import check_number
+
+MAX_CANDIDATES = 1024  # of contrastive search; each is a row of the batch with a block of its own
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,27 @@ class SamplingParams:
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(ids))
+
+
+@dataclass(frozen=True)
+class ContrastiveSearch:
+    """How a token is chosen in place of being drawn; see contrastive_search.py.
+
+    Attributes:
+        top_k: candidates, the likeliest tokens.
+        penalty_alpha: weight of the degeneration penalty, in [0, 1]; 0 is greedy.
+    The defaults are the paper's for open-ended text. The names are those of transformers.
+    Raises: ValueError naming the field that is out of range.
+    Source: Su et al. 2022 (arXiv:2202.06417).
+    """
+
+    top_k: int = 8
+    penalty_alpha: float = 0.6
+
+    def __post_init__(self):
+        check_number("top_k", self.top_k, low=1, high=MAX_CANDIDATES, is_int=True)
+        check_number("penalty_alpha", self.penalty_alpha, low=0.0, high=1.0)
+
+    def num_candidates(self, vocab_size: int) -> int:
+        """Candidates of one step."""
+        return min(self.top_k, vocab_size)

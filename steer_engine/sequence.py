@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .guidance import Guidance, PassKind
 from .kv_cache import Allocation, WeightSet
-from .sampling import SamplingParams
+from .sampling import ContrastiveSearch, SamplingParams
 from .tokenizer import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from .contrastive_search import SearchState
 
 FINISH_STOP = "stop"
 FINISH_EOS = "eos"
@@ -36,6 +40,7 @@ class DecodingSequence:
     stream_id: the sample's number, which with the seed fixes its random numbers.
     prompts: token ids for every pass that the guidance runs.
     eos_token_ids: tokens that end it with "eos".
+    search: its tokens are chosen by contrastive search in place of being drawn; one pass only.
     """
 
     key: object
@@ -45,20 +50,29 @@ class DecodingSequence:
     sampling: SamplingParams
     tokenizer: Tokenizer
     eos_token_ids: tuple[int, ...]
+    search: ContrastiveSearch | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None
     passes: list[RunningPass] = field(init=False)
+    search_state: SearchState | None = field(default=None, init=False)
 
     def __post_init__(self):
         self.passes = [RunningPass(kind, self.prompts[kind]) for kind in self.guidance.passes]
+        assert self.search is None or len(self.passes) == 1, "contrastive search runs one pass"
         self._stream = TextStream(self.tokenizer)
 
     @property
     def step(self) -> int:
         """Tokens drawn so far; the position of the next one."""
         return len(self.token_ids)
+
+    def num_cached_tokens(self, running_pass: RunningPass) -> int:
+        """Tokens of a pass whose K and V are written."""
+        # The last drawn token is never fed back; a search runs every candidate for it.
+        is_last_run = self.search is not None
+        return len(running_pass.prompt_ids) - 1 + self.sampling.max_tokens + is_last_run
 
     @property
     def banned_token_ids(self) -> tuple[int, ...]:

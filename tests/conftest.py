@@ -120,7 +120,7 @@ def decode() -> Callable[..., dict[int, Drawn]]:
             )
         drawn = {}
         try:
-            while engine.scheduler.waiting or engine.scheduler.running:
+            while engine.scheduler.num_queued:
                 for s in engine.step(seed):
                     drawn[s.key] = Drawn(s.token_ids, s.logprobs, s.finish_reason)
         finally:

@@ -174,6 +174,9 @@ def test_a_wrong_run_file_is_refused_before_anything_is_loaded(capsys, tmp_path,
         (["--alpha", 2], "alpha"),
         (["--method", "stear"], "did you mean 'steer'?"),
         (["--method", "cfg", "--gamma", 1], "--gamma has no meaning with method cfg"),
+        (["--method", "top-k", "--top-p", 0.5], "--top-p has no meaning with method top_k"),
+        (["--method", "greedy", "--in-context"], "needs real examples"),
+        (["--in-context"], "--in-context has no meaning with method steer, which is the default"),
         (["--form", "printed"], "form must be 'paper' or 'released'"),
         (["--num-negatives", "many"], "--num-negatives must be an int or max"),
         (["--prompts", "file"], "give either --prompt TEXT or --prompts FILE"),
@@ -207,6 +210,32 @@ def test_without_a_domain_model_plain_nucleus_sampling_is_used(capsys, pair, tmp
     status, _, stderr = call(capsys, *options)
     assert status == 0
     assert stderr.startswith("guidance: 1 domain +0 base +0 negative")
+
+
+@pytest.mark.parametrize(
+    ("more", "weights", "shape"),
+    [
+        (["nucleus"], (1, 0, 0), (1.0, 0.9, 0)),
+        (["top-k"], (1, 0, 0), (1.0, 1.0, 50)),
+        (["top_k", "--top-k", 7, "--temperature", 0.5], (1, 0, 0), (0.5, 1.0, 7)),
+        (["temperature", "--temperature", 1.2], (1, 0, 0), (1.2, 1.0, 0)),
+        (["greedy", "--in-context"], (0, 0, 1), (0.0, 1.0, 0)),
+        (["contrastive-search", "--in-context", "--top-k", 3], (0, 0, 1), (1.0, 1.0, 0)),
+        (["contrastive", "--gamma", 0.5], (1, -0.5, 0), (1.0, 0.9, 0)),
+        (["negative", "--eta", 0.5], (1, 0, -0.5), (1.0, 0.9, 0)),
+        (["cfg", "--top-p", 1], (1.5, 0, -0.5), (1.0, 1.0, 0)),
+    ],
+)
+def test_a_method_by_name_reaches_the_run(capsys, pair, real, tmp_path, more, weights, shape):
+    more = ["--real", real, "--num-negatives", 2, "--method", *more]
+    arguments = generate_arguments(pair, tmp_path / "run", *more, num_examples=2)
+    status, _, stderr = call(capsys, *arguments)
+    assert status == 0, stderr
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert tuple(run["guidance"][name] for name in ("domain", "base", "negative")) == weights
+    assert tuple(run["sampling"][name] for name in ("temperature", "top_p", "top_k")) == shape
+    if "contrastive-search" in more:
+        assert run["search"] == {"top_k": 3, "penalty_alpha": 0.6}
 
 
 @pytest.mark.parametrize("missing", ["base", "num-examples", "output"])

@@ -14,7 +14,7 @@ from steer_engine import Guidance, SamplingParams, ops
 from steer_engine.guidance import PassKind
 from steer_engine.head import HeadRows, head_rows
 
-PASSES = (PassKind.DOMAIN, PassKind.BASE, PassKind.NEGATIVE)
+PASSES = (PassKind.DOMAIN, PassKind.NEGATIVE, PassKind.BASE)
 STEER = Guidance.recommended()
 FP32, BF16 = torch.float32, torch.bfloat16
 SAMPLING = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -32,6 +32,10 @@ def rows_of(guidances, passes=PASSES, *, folds=True, shares_head=True, dtype=FP3
     )
 
 
+def weights_of(guidance) -> list[float]:
+    return [guidance.weights[kind] for kind in PASSES]
+
+
 @pytest.mark.parametrize(
     ("shares_head", "dtype", "num_rows"),
     [(True, FP32, 1), (True, BF16, 2), (False, FP32, 2), (False, BF16, 3)],
@@ -41,7 +45,7 @@ def test_so_many_rows_go_through_the_head(shares_head, dtype, num_rows):
     assert len(rows.weights) == num_rows
     # All that a pass adds to the logits is its weight.
     total = (rows.coefficients * rows.weights[:, None] * ~rows.is_low[:, None]).sum(dim=0)
-    torch.testing.assert_close(total, torch.tensor([[w, w] for w in STEER.weights]))
+    torch.testing.assert_close(total, torch.tensor([[w, w] for w in weights_of(STEER)]))
 
 
 def test_alpha_keeps_the_rows_of_its_own_sequence_apart_and_no_others():
@@ -50,7 +54,15 @@ def test_alpha_keeps_the_rows_of_its_own_sequence_apart_and_no_others():
     assert torch.equal(together.coefficients[:1, :, :1], alone.coefficients)
     assert torch.equal(together.weights[:, 0], torch.tensor([1.0, 0.0, 0.0]))
     assert torch.equal(together.coefficients[:, :, 1], torch.eye(3))
-    assert torch.equal(together.weights[:, 1], torch.tensor(cut.weights))
+    assert torch.equal(together.weights[:, 1], torch.tensor(weights_of(cut)))
+
+
+@pytest.mark.parametrize(("dtype", "num_domain_rows"), [(FP32, 1), (BF16, 2)])
+def test_rows_of_one_head_stand_together(dtype, num_domain_rows):
+    rows = rows_of([STEER, Guidance.none()], shares_head=False, dtype=dtype)
+    assert rows.num_domain_rows == num_domain_rows
+    uses_base = rows.coefficients[:, PASSES.index(PassKind.BASE)] != 0
+    assert uses_base.tolist() == [[False] * 2] * num_domain_rows + [[True, False]]
 
 
 def test_passes_that_a_sequence_does_not_run_have_no_part():

@@ -62,7 +62,7 @@ def test_a_finished_sequences_place_is_filled_at_once(make_engine, make_item):
         return decode_rows()
 
     engine.scheduler.decode_rows = counting
-    while engine.scheduler.waiting or engine.scheduler.running:
+    while engine.scheduler.num_queued:
         for sequence in engine.step(0):
             finished_at[sequence.key] = len(num_running)
     # Three places, first come first served, by hand:
@@ -79,11 +79,12 @@ def test_rows_are_stacked_domain_negative_base(make_engine, make_item):
     engine = make_engine()
     queue(engine, [make_item(i, [10 + i], [20 + i]) for i in range(3)])
     engine.scheduler.admit()
+    engine.scheduler.start(engine.scheduler.next_prefill(512).complete)
     rows = engine.scheduler.decode_rows()
     assert rows.batch.input_ids.tolist() == [10, 11, 12, 20, 21, 22, 10, 11, 12]
     assert rows.batch.num_domain_tokens == 6
-    assert rows.passes == [PassKind.DOMAIN, PassKind.BASE, PassKind.NEGATIVE]
-    assert rows.logit_rows.tolist() == [[0, 1, 2], [6, 7, 8], [3, 4, 5]]
+    assert rows.passes == [PassKind.DOMAIN, PassKind.NEGATIVE, PassKind.BASE]
+    assert rows.logit_rows.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,31 @@ def test_prefill_is_cut_into_forwards_of_at_most_max_prefill_tokens(
     assert prefills == [max_prefill_tokens] * full + [rest] * (rest > 0)
 
 
+def test_decoding_waits_for_no_more_than_one_forward_of_prompts(make_engine, make_item):
+    engine = make_engine(max_num_seqs=3, max_prefill_tokens=16)
+    plain = {"guidance": Guidance.none(), "sampling": sampling(12)}
+    queue(engine, [make_item(0, [5, 6], **plain)])
+    engine.step(0)
+    queue(engine, [make_item(i, [7 + i] * 41, **plain) for i in (1, 2)])
+    forwards = Forwards(engine)
+    num_running = []
+    for _ in range(6):
+        engine.step(0)
+        num_running.append(len(engine.scheduler.running))
+    # 40 tokens of each prompt, the second's behind the first's: 16, 16, 8 + 8, 16, 16.
+    assert num_running == [1, 1, 2, 2, 3, 3]
+    assert forwards.sizes == [16, 1, 16, 1, 16, 2, 16, 2, 16, 3, 3]
+
+
+def test_prompts_that_nothing_waits_for_run_to_their_end(make_engine, make_item):
+    engine = make_engine(max_prefill_tokens=16)
+    plain = {"guidance": Guidance.none(), "sampling": sampling(2)}
+    queue(engine, [make_item(i, [7 + i] * 41, **plain) for i in (1, 2)])
+    forwards = Forwards(engine)
+    engine.step(0)
+    assert forwards.sizes == [16] * 5 + [2]
+
+
 def test_every_token_is_written_to_its_own_slot(make_engine):
     engine = make_engine(max_num_seqs=3)
     forwards = Forwards(engine)
@@ -196,7 +222,7 @@ def test_sequences_that_do_not_fit_wait_their_turn(make_engine, make_item):
     lengths = [60, 60, 150, 100, 60, 150]
     queue(engine, [make_item(i, [20 + i] * n, **plain) for i, n in enumerate(lengths)])
     ran = []
-    while engine.scheduler.waiting or engine.scheduler.running:
+    while engine.scheduler.num_queued:
         engine.step(0)
         ran.append([s.key for s in engine.scheduler.running])
     assert ran == [[0, 1], [], [2], [], [3, 4], [], [5], []]
@@ -207,7 +233,8 @@ def test_a_sequence_whose_last_pass_does_not_fit_takes_nothing(make_engine, make
     engine = make_engine(num_blocks=5)
     three_passes = make_item(0, [5] * 60, [6] * 60, Guidance.steer(0.2, 0.3), sampling(3))
     queue(engine, [three_passes, make_item(1, [7] * 60, [8] * 60, sampling=sampling(3))])
-    assert [s.key for s in engine.scheduler.admit()] == [0]
+    engine.scheduler.admit()
+    assert [s.key for s in engine.scheduler.waiting] == [1]
     assert engine.kv_cache.num_free_blocks == 2
     # Nor can anybody find what the refused passes would have written.
     assert not any(7 in key.token_ids for key in engine.kv_cache._entries)
@@ -227,6 +254,6 @@ def test_reset_drops_everything(make_engine, make_item):
     queue(engine, [make_item(i, [5] * 70) for i in range(5)])
     engine.step(0)
     engine.scheduler.reset()
-    assert not engine.scheduler.waiting and not engine.scheduler.running
+    assert not engine.scheduler.num_queued
     assert engine.kv_cache.num_free_blocks == engine.kv_cache.num_blocks
     assert not engine.kv_cache._entries

@@ -46,6 +46,17 @@ LinearArgs linear_args(PackedWeight weight, const float* bias, Rows x, int64_t i
   };
 }
 
+// Both weight sets' products in one queue, so that no member waits between them.
+void products(Team& team, const LinearArgs& domain, const LinearArgs& base) {
+  const int64_t num_domain_tasks = domain.num_rows > 0 ? num_panels(domain.out_features) : 0;
+  const int64_t num_base_tasks = base.num_rows > 0 ? num_panels(base.out_features) : 0;
+  team.stage(num_domain_tasks + num_base_tasks, [&](int64_t begin, int64_t end) {
+    const int64_t boundary = std::clamp(num_domain_tasks, begin, end);
+    kernels().linear(domain, begin, boundary);
+    kernels().linear(base, boundary - num_domain_tasks, end - num_domain_tasks);
+  });
+}
+
 // One row of a packed weight in fp32: the row's values lie kLanes pairs (bf16) or values apart.
 template <class T>
 void unpack_row(const void* packed, int64_t index, int64_t in_features, float* out) {
@@ -169,16 +180,8 @@ class ForwardPass {
     domain.bias = p.domain_bias;
     domain.x = x.data;
     domain.out = out.data;
-    domain.num_rows = a_.num_domain;
-    // Both weight sets in one queue, so that no member waits between them.
-    const int64_t panels = num_panels(p.out_features);
-    const int64_t num_domain_tasks = has_two && a_.num_domain > 0 ? panels : 0;
-    const int64_t num_base_tasks = num_base > 0 ? panels : 0;
-    team_.stage(num_domain_tasks + num_base_tasks, [&](int64_t begin, int64_t end) {
-      const int64_t boundary = std::clamp(num_domain_tasks, begin, end);
-      kernels().linear(domain, begin, boundary);
-      kernels().linear(base, boundary - num_domain_tasks, end - num_domain_tasks);
-    });
+    domain.num_rows = has_two ? a_.num_domain : 0;
+    products(team_, domain, base);
   }
 
   // The last columns of x: A x for domain rows, 0 for the base's.
@@ -298,19 +301,6 @@ void combine_row(const LogitsArgs& a, int64_t row) {
   }
 }
 
-// The head's product for the passes of one weight set. A panel of the head is used for all of them
-// while it lies in cache.
-struct HeadProduct {
-  LinearArgs passes[3];
-  int num_passes = 0;
-
-  void run(int64_t begin, int64_t end) const {
-    for (int64_t panel = begin; panel < end; ++panel) {
-      for (int i = 0; i < num_passes; ++i) kernels().linear(passes[i], panel, panel + 1);
-    }
-  }
-};
-
 }  // namespace
 
 void forward(const ForwardArgs& args, Team& team) { ForwardPass(args, team).run(); }
@@ -324,28 +314,13 @@ void logits(const LogitsArgs& a, Team& team) {
   });
 
   const Rows normed{a.normed, m.hidden_size, a.is_bf16}, out{a.logits, m.vocab_size, false};
-  const auto args_of = [&](PackedWeight head, int64_t first_row, int64_t num_rows) {
-    return linear_args(head, nullptr, normed.from_row(first_row), m.hidden_size,
-                       out.from_row(first_row), m.vocab_size, num_rows);
-  };
-  HeadProduct base, domain;
-  if (!m.domain_head.data) {
-    base.passes[base.num_passes++] = args_of(m.head, 0, a.num_rows * a.num_seqs);
-  } else {
-    for (int64_t pass = 0; pass < a.num_rows; ++pass) {
-      HeadProduct& product = a.is_base[pass] ? base : domain;
-      const PackedWeight head = a.is_base[pass] ? m.head : m.domain_head;
-      product.passes[product.num_passes++] = args_of(head, pass * a.num_seqs, a.num_seqs);
-    }
-  }
-  const int64_t panels = a.num_seqs > 0 ? num_panels(m.vocab_size) : 0;
-  const int64_t num_domain_tasks = domain.num_passes > 0 ? panels : 0;
-  const int64_t num_base_tasks = base.num_passes > 0 ? panels : 0;
-  team.stage(num_domain_tasks + num_base_tasks, [&](int64_t begin, int64_t end) {
-    const int64_t boundary = std::clamp(num_domain_tasks, begin, end);
-    domain.run(begin, boundary);
-    base.run(boundary - num_domain_tasks, end - num_domain_tasks);
-  });
+  const int64_t num_domain = a.num_domain_rows * a.num_seqs;
+  const int64_t num_base = a.num_rows * a.num_seqs - num_domain;
+  const PackedWeight domain_head = m.domain_head.data ? m.domain_head : m.head;
+  products(team,
+           linear_args(domain_head, nullptr, normed, m.hidden_size, out, m.vocab_size, num_domain),
+           linear_args(m.head, nullptr, normed.from_row(num_domain), m.hidden_size,
+                       out.from_row(num_domain), m.vocab_size, num_base));
 }
 
 }  // namespace steer

@@ -88,12 +88,12 @@ struct LogitsArgs {
   const float* residual;  // [num_tokens, hidden_size]
   int64_t residual_stride;
   const int64_t* logit_rows;  // [num_passes, num_seqs], rows of residual
-  bool is_base[3];            // per pass: which weight set; row i uses the head of pass i
+  bool is_base[3];            // per pass: which weight set
   const float* coefficients;  // [num_rows, num_passes, num_seqs]
   const bool* is_low;         // [num_rows, num_seqs]
   void* normed;               // [num_rows * num_seqs, hidden_size], scratch
   float* logits;              // [num_rows, num_seqs, vocab_size]
-  int64_t num_rows, num_passes, num_seqs;
+  int64_t num_rows, num_domain_rows, num_passes, num_seqs;  // the rows behind use the base's head
 };
 
 constexpr int64_t kLogitsStages = 2;

@@ -11,6 +11,13 @@ namespace steer::STEER_ISA {
 
 // Inputs of a block. 64 columns x 1024 are 128 KB of L2 in bf16, 6 rows x 1024 are 12 KB of L1.
 constexpr int64_t kBlockLen = 1024;
+// With more rows than a tile has, memory would idle while a block is used again, so blocks are
+// short, and the first use of one asks for the next.
+constexpr int64_t kShortBlockLen = 96;
+template <class T>
+constexpr int64_t kBytesPerInput = kLanes * sizeof(T);  // of 16 columns
+// Bytes ahead for a single tile of rows.
+constexpr int64_t kAheadOfOneTile = 1024;
 // Of a block converted to fp32. For few rows, 64 columns x 64 are 16 KB of L1, written and read
 // once or twice. For many, a tile's columns, 16 x kColumnTile, are those 16 KB, and longer pieces
 // of x read better, since its rows lie far apart.
@@ -41,8 +48,9 @@ inline void multiply_converted(const T* x, int64_t x_row_stride, int64_t rows, c
   C* weights = reinterpret_cast<C*>(scratch.weights);
   float* sums = scratch.sums;
   if constexpr (std::is_same_v<W, int8_t>) {
-    multiply_first_rows(x, x_row_stride, packed, group_stride, num_groups, k_len, weights,
-                        kGroupStride, sums, kPanelWidth);
+    constexpr int64_t kAhead = kPrefetchesWeights ? kMaxConvertedLen<C> * kBytesPerInput<W> : 0;
+    multiply_first_rows<kAhead>(x, x_row_stride, packed, group_stride, num_groups, k_len, weights,
+                                kGroupStride, sums, kPanelWidth);
     x += kRowTile * x_row_stride;
     sums += kRowTile * kPanelWidth;
     rows -= kRowTile;
@@ -77,6 +85,16 @@ inline void finish_row(const LinearArgs& a, const float* sums, int64_t row, int6
   }
 }
 
+template <int64_t kLen, int64_t kAhead, class T, class W>
+inline void multiply_blocks(const T* x, int64_t x_row_stride, int64_t rows, const W* packed,
+                            int64_t group_stride, int64_t num_groups, int64_t in_features,
+                            float* sums) {
+  for (int64_t k = 0; k < in_features; k += kLen) {
+    multiply<kAhead>(x + k, x_row_stride, rows, packed + k * kLanes, group_stride, num_groups,
+                     std::min(kLen, in_features - k), sums, kPanelWidth);
+  }
+}
+
 // Columns of a weight, packed as W, and where their inputs begin in x.
 template <class W>
 struct WeightColumns {
@@ -108,9 +126,12 @@ inline void multiply_panel(const LinearArgs& a, const WeightColumns<W>& weight,
       return;
     }
   }
-  for (int64_t k = 0; k < weight.num_inputs; k += kBlockLen) {
-    multiply(x + k, a.x_row_stride, rows, packed + k * kLanes, group_stride, num_groups,
-             std::min(kBlockLen, weight.num_inputs - k), scratch.sums, kPanelWidth);
+  if (kPrefetchesWeights && rows > kRowTile) {
+    multiply_blocks<kShortBlockLen, kShortBlockLen * kBytesPerInput<W>>(
+        x, a.x_row_stride, rows, packed, group_stride, num_groups, weight.num_inputs, scratch.sums);
+  } else {
+    multiply_blocks<kBlockLen, kPrefetchesWeights ? kAheadOfOneTile : 0>(
+        x, a.x_row_stride, rows, packed, group_stride, num_groups, weight.num_inputs, scratch.sums);
   }
 }
 

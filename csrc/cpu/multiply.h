@@ -5,6 +5,9 @@
 // tile the row falls into and however k is cut into calls: sums go to memory and back unrounded. So
 // a row's result does not depend on its neighbours.
 //
+// kAhead: bytes of packed weights that are asked for ahead of their use; 0: the machine's own
+// prefetcher does as well, or they lie in cache.
+//
 // Inputs x are of type T, weights of type W: the same, or int8, whose values every T holds exactly.
 #pragma once
 
@@ -52,15 +55,17 @@ struct KeepWeights {
 };
 
 // One step over all sums of a tile, from input k on.
-template <int kRows, int kGroups, class T, class W, class Keep>
+template <int kRows, int kGroups, int64_t kAhead, class T, class W, class Keep>
 [[gnu::always_inline]] inline void multiply_step(const T* x, int64_t x_row_stride, const W* packed,
                                                  int64_t group_stride, int64_t k, const Keep& keep,
                                                  F16 (&sums)[kRows][kGroups]) {
   decltype(load_step<T>(packed)) weights[kGroups];
 #pragma GCC unroll 8
   for (int g = 0; g < kGroups; ++g) {
-    weights[g] = load_step<T>(packed + g * group_stride + k * kLanes);
+    const W* group = packed + g * group_stride + k * kLanes;
+    weights[g] = load_step<T>(group);
     keep(k, g, weights[g]);
+    if constexpr (kAhead > 0) __builtin_prefetch(reinterpret_cast<const char*>(group) + kAhead);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -71,7 +76,7 @@ template <int kRows, int kGroups, class T, class W, class Keep>
   }
 }
 
-template <int kRows, int kGroups, class T, class W, class Keep = DropWeights>
+template <int kRows, int kGroups, int64_t kAhead, class T, class W, class Keep = DropWeights>
 inline void multiply_tile(const T* x, int64_t x_row_stride, const W* packed, int64_t group_stride,
                           int64_t k_len, float* sums_in_memory, int64_t sums_row_stride,
                           const Keep& keep = {}) {
@@ -85,14 +90,14 @@ inline void multiply_tile(const T* x, int64_t x_row_stride, const W* packed, int
   }
   int64_t k = 0;
   for (; k + kStep<T> <= k_len; k += kStep<T>) {
-    multiply_step(x + k, x_row_stride, packed, group_stride, k, keep, sums);
+    multiply_step<kRows, kGroups, kAhead>(x + k, x_row_stride, packed, group_stride, k, keep, sums);
   }
   if (k < k_len) {
     // An odd last input: its partner is 0, as in the packed weight; what lies behind the row may be
     // NaN.
     T last[kRows][kStep<T>] = {};
     for (int r = 0; r < kRows; ++r) last[r][0] = x[r * x_row_stride + k];
-    multiply_step(&last[0][0], kStep<T>, packed, group_stride, k, keep, sums);
+    multiply_step<kRows, kGroups, 0>(&last[0][0], kStep<T>, packed, group_stride, k, keep, sums);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -112,41 +117,42 @@ constexpr int kFewRowsColumnTile = std::max(kColumnTile, kRows == 1   ? 4
                                                                       : 1);
 
 // One tile's rows by all groups.
-template <int kRows, class T, class W>
+template <int kRows, int64_t kAhead, class T, class W>
 inline void multiply_few_rows(const T* x, int64_t x_row_stride, const W* packed,
                               int64_t group_stride, int64_t num_groups, int64_t k_len, float* sums,
                               int64_t sums_row_stride) {
   constexpr int kGroups = kFewRowsColumnTile<kRows>;
   int64_t group = 0;
   for (; group + kGroups <= num_groups; group += kGroups) {
-    multiply_tile<kRows, kGroups>(x, x_row_stride, packed + group * group_stride, group_stride,
-                                  k_len, sums + group * kLanes, sums_row_stride);
+    multiply_tile<kRows, kGroups, kAhead>(x, x_row_stride, packed + group * group_stride,
+                                          group_stride, k_len, sums + group * kLanes,
+                                          sums_row_stride);
   }
   for (; group < num_groups; ++group) {
-    multiply_tile<kRows, 1>(x, x_row_stride, packed + group * group_stride, group_stride, k_len,
-                            sums + group * kLanes, sums_row_stride);
+    multiply_tile<kRows, 1, kAhead>(x, x_row_stride, packed + group * group_stride, group_stride,
+                                    k_len, sums + group * kLanes, sums_row_stride);
   }
 }
 
 // num_rows < kRows.
-template <int kRows, class T, class W>
+template <int kRows, int64_t kAhead, class T, class W>
 inline void multiply_last_rows(int64_t num_rows, const T* x, int64_t x_row_stride, const W* packed,
                                int64_t group_stride, int64_t num_groups, int64_t k_len, float* sums,
                                int64_t sums_row_stride) {
   if constexpr (kRows > 1) {
     if (num_rows == kRows - 1) {
-      multiply_few_rows<kRows - 1>(x, x_row_stride, packed, group_stride, num_groups, k_len, sums,
-                                   sums_row_stride);
+      multiply_few_rows<kRows - 1, kAhead>(x, x_row_stride, packed, group_stride, num_groups,
+                                           k_len, sums, sums_row_stride);
     } else {
-      multiply_last_rows<kRows - 1>(num_rows, x, x_row_stride, packed, group_stride, num_groups,
-                                    k_len, sums, sums_row_stride);
+      multiply_last_rows<kRows - 1, kAhead>(num_rows, x, x_row_stride, packed, group_stride,
+                                            num_groups, k_len, sums, sums_row_stride);
     }
   }
 }
 
 // All tiles of num_rows x num_groups. packed points at the first k of the first group; the next
 // group of 16 columns begins group_stride values further.
-template <class T, class W>
+template <int64_t kAhead = 0, class T, class W>
 inline void multiply(const T* x, int64_t x_row_stride, int64_t num_rows, const W* packed,
                      int64_t group_stride, int64_t num_groups, int64_t k_len, float* sums,
                      int64_t sums_row_stride) {
@@ -158,31 +164,32 @@ inline void multiply(const T* x, int64_t x_row_stride, int64_t num_rows, const W
       const T* x_tile = x + row * x_row_stride;
       float* sums_tile = sums + row * sums_row_stride + group * kLanes;
       if (is_full) {
-        multiply_tile<kRowTile, kColumnTile>(x_tile, x_row_stride, tile, group_stride, k_len,
-                                             sums_tile, sums_row_stride);
+        multiply_tile<kRowTile, kColumnTile, kAhead>(x_tile, x_row_stride, tile, group_stride,
+                                                     k_len, sums_tile, sums_row_stride);
       } else {
-        multiply_tile<kRowTile, 1>(x_tile, x_row_stride, tile, group_stride, k_len, sums_tile,
-                                   sums_row_stride);
+        multiply_tile<kRowTile, 1, kAhead>(x_tile, x_row_stride, tile, group_stride, k_len,
+                                           sums_tile, sums_row_stride);
       }
     }
     group += is_full ? kColumnTile : 1;
   }
-  multiply_last_rows<kRowTile>(num_rows - num_tiled, x + num_tiled * x_row_stride, x_row_stride,
-                               packed, group_stride, num_groups, k_len,
-                               sums + num_tiled * sums_row_stride, sums_row_stride);
+  multiply_last_rows<kRowTile, kAhead>(num_rows - num_tiled, x + num_tiled * x_row_stride,
+                                       x_row_stride, packed, group_stride, num_groups, k_len,
+                                       sums + num_tiled * sums_row_stride, sums_row_stride);
 }
 
 // The tiles of the first kRowTile rows, which read int8 and leave it converted for the rows behind
 // them: like this reading from memory and multiplying overlap.
-template <class T, class C>
+template <int64_t kAhead, class T, class C>
 inline void multiply_first_rows(const T* x, int64_t x_row_stride, const int8_t* packed,
                                 int64_t group_stride, int64_t num_groups, int64_t k_len, C* to,
                                 int64_t to_group_stride, float* sums, int64_t sums_row_stride) {
   int64_t group = 0;
   const auto tile = [&](auto groups) {
     const KeepWeights<C> keep{to + group * to_group_stride, to_group_stride};
-    multiply_tile<kRowTile, groups()>(x, x_row_stride, packed + group * group_stride, group_stride,
-                                      k_len, sums + group * kLanes, sums_row_stride, keep);
+    multiply_tile<kRowTile, groups(), kAhead>(x, x_row_stride, packed + group * group_stride,
+                                              group_stride, k_len, sums + group * kLanes,
+                                              sums_row_stride, keep);
     group += groups();
   };
   while (group + kColumnTile <= num_groups) tile(std::integral_constant<int, kColumnTile>());

@@ -148,6 +148,7 @@ class ExactSum {
 };
 
 constexpr int64_t kMinRowsToConvert = 3;
+constexpr bool kPrefetchesWeights = false;
 
 struct Bf16Weights {
   F16 even, odd;

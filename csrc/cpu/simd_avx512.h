@@ -88,6 +88,7 @@ class ExactSum {
 
 #ifdef STEER_HAS_AVX512_BF16
 constexpr int64_t kMinRowsToConvert = kNever;
+constexpr bool kPrefetchesWeights = true;
 
 // The instruction multiplies pairs as they are stored.
 struct Bf16Weights {
@@ -107,6 +108,7 @@ inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
 }
 #else
 constexpr int64_t kMinRowsToConvert = 30;
+constexpr bool kPrefetchesWeights = false;
 
 struct Bf16Weights {
   F16 even, odd;

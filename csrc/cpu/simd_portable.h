@@ -141,6 +141,9 @@ class ExactSum {
 // beforehand (measured on 4544 x 22848); kNever where bf16 products are an instruction.
 constexpr int64_t kMinRowsToConvert = 3;
 
+// Whether weights arrive sooner if they are asked for ahead of their use (bench/NOTES.md).
+constexpr bool kPrefetchesWeights = false;
+
 // Two inputs by 16 outputs of a packed bf16 weight; multiply_add adds both products to the sum.
 struct Bf16Weights {
   F16 even, odd;

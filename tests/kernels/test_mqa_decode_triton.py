@@ -326,7 +326,7 @@ def draw_with_both_backends(base: str, lora: str) -> None:
                 engine.make_sequence(key, key, prompts, Guidance.recommended(), sampling)
             )
         drawn[backend] = {}
-        while engine.scheduler.waiting or engine.scheduler.running:
+        while engine.scheduler.num_queued:
             for sequence in engine.step(0):
                 drawn[backend][sequence.key] = sequence.token_ids
     assert [len(tokens) for tokens in drawn["triton"].values()] == [4, 4]
