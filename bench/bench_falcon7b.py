@@ -1,6 +1,7 @@
 """Does Falcon-7B's shape with a LoRA domain model load and generate within a memory limit?
 
     python bench/bench_falcon7b.py --work DIR [--config FILE] [--tokenizer FILE] [--prompts 2]
+        [--weight-dtype int8]
 
 Writes random bf16 weights of Falcon-7B's shape (14.4 GB in shards, lm_head stored beside the equal
 embedding as older checkpoints do) and a rank-16 adapter below --work, unless they are there. A
@@ -30,12 +31,14 @@ def peak_memory_gib() -> float:
     return int(line.split()[1]) / 2**20
 
 
-def measure(base: Path, adapter: Path, num_prompts: int) -> None:
+def measure(base: Path, adapter: Path, num_prompts: int, weight_dtype: str) -> None:
     """Load and generate in this process; prints one JSON line."""
     from steer_engine import Engine, Guidance, SamplingParams
 
     started_at = time.monotonic()
-    engine = Engine.from_pretrained(base, adapter, max_num_seqs=num_prompts, max_model_len=512)
+    engine = Engine.from_pretrained(
+        base, adapter, weight_dtype=weight_dtype, max_num_seqs=num_prompts, max_model_len=512
+    )
     load_s = time.monotonic() - started_at
     load_gib = peak_memory_gib()
     guidance, negative = (
@@ -69,6 +72,7 @@ def measure(base: Path, adapter: Path, num_prompts: int) -> None:
         "threads": torch.get_num_threads(),
         "backend": engine.config.backend,
         "dtype": engine.config.dtype,
+        "weight_dtype": engine.config.weight_dtype,
         "num_prompts": num_prompts,
         "max_tokens": MAX_TOKENS,
         "load_s": round(load_s, 1),
@@ -86,16 +90,19 @@ def main() -> None:
     parser.add_argument("--config", type=Path)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--weight-dtype", default="auto")
     parser.add_argument("--measure-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure_only:
-        measure(arguments.work / "base", arguments.work / "adapter", arguments.prompts)
+        paths = arguments.work / "base", arguments.work / "adapter"
+        measure(*paths, arguments.prompts, arguments.weight_dtype)
         return
     values = json.loads(arguments.config.read_text()) if arguments.config else FALCON_7B
     ensure_checkpoints(arguments.work, values, tokenizer=arguments.tokenizer, with_finetune=False)
     # A fresh process, so that its peak memory is the engine's alone.
     command = [sys.executable, __file__, "--work", str(arguments.work), "--measure-only"]
-    subprocess.run([*command, "--prompts", str(arguments.prompts)], check=True)
+    command += ["--prompts", str(arguments.prompts), "--weight-dtype", arguments.weight_dtype]
+    subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

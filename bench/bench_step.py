@@ -1,7 +1,8 @@
 """Where does one decode step of the engine spend its time?
 
     python bench/bench_step.py --work DIR --size small [--mode plain steer_full steer_lora]
-        [--batch 1 8 32] [--dtype float32 bfloat16] [--threads 1] [--steps 8]
+        [--batch 1 8 32] [--dtype float32 bfloat16] [--weight-dtype auto int8] [--threads 1]
+        [--steps 8]
 
 Sequences are prefilled (16 tokens, negatives of 200), then steps run as users get them, and as many
 with every op of the backend and every host part wrapped by a timer. Those run the forward op by op
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import time
@@ -158,7 +160,8 @@ def measure_step(engine: Engine) -> dict:
 
 def show(case: dict) -> None:
     print(
-        f"\n{case['size']} {case['mode']} batch {case['batch']} {case['dtype']}: "
+        f"\n{case['size']} {case['mode']} batch {case['batch']} {case['dtype']}, weights in "
+        f"{case['weight_dtype']}: "
         f"{case['cpu_ms']:.2f} ms CPU, {case['wall_ms']:.2f} ms wall per step"
     )
     split = case["split"]
@@ -175,6 +178,7 @@ def main() -> None:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--dtype", nargs="+", default=["float32"])
+    parser.add_argument("--weight-dtype", nargs="+", default=["auto"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=16)
@@ -185,17 +189,19 @@ def main() -> None:
     paths = ensure_checkpoints(settings.work / settings.size, SHAPES[settings.size])
     result = {"bench": "step", "machine": describe_machine(), "cases": []}
     print(json.dumps(result["machine"]))
-    for dtype in settings.dtype:
+    for dtype, weight_dtype in itertools.product(settings.dtype, settings.weight_dtype):
         for mode in settings.mode:
             engine = Engine.from_pretrained(
                 paths.base,
                 domain_of(paths, mode),
                 dtype=dtype,
+                weight_dtype=weight_dtype,
                 max_num_seqs=max(settings.batch),
                 max_model_len=512,
             )
             for batch in settings.batch:
                 case = {"size": settings.size, "mode": mode, "batch": batch, "dtype": dtype}
+                case |= {"weight_dtype": engine.config.weight_dtype}
                 case |= measure(engine, batch, mode, settings)
                 show(case)
                 result["cases"].append(case)

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "check_tensor.h"
@@ -32,6 +33,7 @@ namespace {
 
 constexpr ScalarType kFp32 = ScalarType::Float;
 constexpr ScalarType kBf16 = ScalarType::BFloat16;
+constexpr ScalarType kInt8 = ScalarType::Char;
 constexpr ScalarType kInt32 = ScalarType::Int;
 constexpr ScalarType kInt64 = ScalarType::Long;
 
@@ -83,37 +85,58 @@ void run_team(int64_t num_stages, const Body& body) {
   });
 }
 
+// Memory for a weight packed in dtype.
+Tensor new_packed(const Tensor& weight, ScalarType dtype) {
+  const int64_t size = packed_size(weight.size(0), weight.size(1), dtype != kFp32);
+  return torch::stable::new_empty(weight, {size}, dtype);
+}
+
 Tensor pack_weight_op(const Tensor& weight) {
   check_tensor(weight, "weight", {{"out_features"}, {"in_features"}}, {kBf16, kFp32});
   const int64_t out_features = weight.size(0), in_features = weight.size(1);
-  Tensor packed =
-      torch::stable::new_empty(weight, {packed_size(out_features, in_features, is_bf16(weight))});
+  Tensor packed = new_packed(weight, weight.scalar_type());
   const PackWeightArgs args{data<void>(weight), mutable_data<void>(packed), out_features,
                             in_features, is_bf16(weight)};
   run_tasks(round_up(out_features, kLanes) / kLanes, args, pack_weight);
   return packed;
 }
 
-void linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
-               int64_t out_features, int64_t gelu_columns, bool accumulate, const Tensor& out) {
+std::tuple<Tensor, Tensor> pack_int8_weight_op(const Tensor& weight) {
+  check_tensor(weight, "weight", {{"out_features"}, {"in_features"}}, {kBf16, kFp32});
+  const int64_t out_features = weight.size(0), in_features = weight.size(1);
+  Tensor packed = new_packed(weight, kInt8);
+  Tensor scales = torch::stable::new_empty(weight, {out_features}, kFp32);
+  const PackInt8Args args{
+      .weight = data<void>(weight),
+      .packed = mutable_data<int8_t>(packed),
+      .scales = mutable_data<float>(scales),
+      .out_features = out_features,
+      .in_features = in_features,
+      .is_bf16 = is_bf16(weight),
+  };
+  run_tasks(round_up(out_features, kLanes) / kLanes, args, pack_int8_weight);
+  return {packed, scales};
+}
+
+// What every form of linear checks, and its arguments but for the weight. in_features: of x that
+// `packed` covers.
+LinearArgs linear_args(const Tensor& x, int64_t in_features, const std::optional<Tensor>& bias,
+                       int64_t out_features, int64_t gelu_columns, bool accumulate,
+                       const Tensor& out) {
   check_that(out_features > 0,
              "out_features must be positive, got " + std::to_string(out_features));
   check_that(gelu_columns >= 0 && gelu_columns <= out_features,
              "gelu_columns must lie in [0, out_features=" + std::to_string(out_features) +
                  "], got " + std::to_string(gelu_columns));
-  check_tensor(x, "x", {{"num_rows"}, {"in_features"}}, {kBf16, kFp32}, Layout::kUnitStride);
-  const int64_t num_rows = x.size(0), in_features = x.size(1);
-  check_tensor(packed, "packed",
-               {{"packed_size", packed_size(out_features, in_features, is_bf16(x))}},
-               {x.scalar_type()});
+  const int64_t num_rows = x.size(0);
   if (bias) check_tensor(*bias, "bias", {{"out_features", out_features}}, {kFp32});
   check_tensor(out, "out", {{"num_rows", num_rows}, {"out_features", out_features}}, {kBf16, kFp32},
                Layout::kUnitStride);
   check_that(!accumulate || !is_bf16(out), "out must be fp32 where accumulate is set, got bf16");
-  const LinearArgs args{
+  return {
       .x = data<void>(x),
       .x_row_stride = x.stride(0),
-      .packed = data<void>(packed),
+      .packed = nullptr,
       .bias = data<float>(bias),
       .out = mutable_data<void>(out),
       .out_row_stride = out.stride(0),
@@ -125,7 +148,51 @@ void linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor
       .out_is_bf16 = is_bf16(out),
       .accumulate = accumulate,
   };
-  run_tasks(num_rows == 0 ? 0 : num_panels(out_features), args, kernels().linear);
+}
+
+void run_linear(const LinearArgs& args) {
+  run_tasks(args.num_rows == 0 ? 0 : num_panels(args.out_features), args, kernels().linear);
+}
+
+void linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+               int64_t out_features, int64_t gelu_columns, bool accumulate, const Tensor& out) {
+  check_tensor(x, "x", {{"num_rows"}, {"in_features"}}, {kBf16, kFp32}, Layout::kUnitStride);
+  LinearArgs args =
+      linear_args(x, x.size(1), bias, out_features, gelu_columns, accumulate, out);
+  check_tensor(packed, "packed",
+               {{"packed_size", packed_size(out_features, x.size(1), is_bf16(x))}},
+               {x.scalar_type()});
+  args.packed = data<void>(packed);
+  run_linear(args);
+}
+
+// tail: the weight's last tail_features columns, packed in x's dtype.
+void linear_int8_op(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                    const std::optional<Tensor>& tail, int64_t tail_features,
+                    const std::optional<Tensor>& bias, int64_t out_features, int64_t gelu_columns,
+                    bool accumulate, const Tensor& out) {
+  check_tensor(x, "x", {{"num_rows"}, {"in_features"}}, {kBf16, kFp32}, Layout::kUnitStride);
+  check_that(tail_features >= 0 && tail_features <= x.size(1),
+             "tail_features must lie in [0, in_features=" + std::to_string(x.size(1)) + "], got " +
+                 std::to_string(tail_features));
+  check_that(tail.has_value() == (tail_features > 0),
+             "tail must be given where tail_features is not 0");
+  const int64_t in_features = x.size(1) - tail_features;
+  LinearArgs args =
+      linear_args(x, in_features, bias, out_features, gelu_columns, accumulate, out);
+  check_tensor(packed, "packed", {{"packed_size", packed_size(out_features, in_features, true)}},
+               {kInt8});
+  check_tensor(scales, "scales", {{"out_features", out_features}}, {kFp32});
+  if (tail) {
+    check_tensor(*tail, "tail",
+                 {{"packed_size", packed_size(out_features, tail_features, is_bf16(x))}},
+                 {x.scalar_type()});
+  }
+  args.packed = data<void>(packed);
+  args.scales = data<float>(scales);
+  args.tail = tail ? data<void>(*tail) : nullptr;
+  args.tail_features = tail_features;
+  run_linear(args);
 }
 
 void layer_norm_op(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
@@ -576,6 +643,10 @@ STABLE_TORCH_LIBRARY(steer_engine, m) {
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? bias, int out_features, int gelu_columns, "
       "bool accumulate, Tensor(a!) out) -> ()");
+  m.def("pack_int8_weight(Tensor weight) -> (Tensor, Tensor)");
+  m.def(
+      "linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor? tail, int tail_features, "
+      "Tensor? bias, int out_features, int gelu_columns, bool accumulate, Tensor(a!) out) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()");
   m.def(
       "rotary_and_store(Tensor(a!) qkv, Tensor? cos, Tensor? sin, Tensor positions, "
@@ -621,6 +692,8 @@ STABLE_TORCH_LIBRARY_IMPL(steer_engine, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(steer_engine, CPU, m) {
   m.impl("pack_weight", TORCH_BOX(&steer::pack_weight_op));
   m.impl("linear", TORCH_BOX(&steer::linear_op));
+  m.impl("pack_int8_weight", TORCH_BOX(&steer::pack_int8_weight_op));
+  m.impl("linear_int8", TORCH_BOX(&steer::linear_int8_op));
   m.impl("layer_norm", TORCH_BOX(&steer::layer_norm_op));
   m.impl("rotary_and_store", TORCH_BOX(&steer::rotary_and_store_op));
   m.impl("paged_attention", TORCH_BOX(&steer::paged_attention_op));

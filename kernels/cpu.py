@@ -13,7 +13,7 @@ from .reference.guided_sample import (
     checked_parameters,
     signed_seed,
 )
-from .reference.linear import LinearWeight
+from .reference.linear import Int8Weight, LinearWeight
 
 __all__ = [
     "draw",
@@ -23,6 +23,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "mqa_decode",
+    "pack_int8_weight",
     "pack_weight",
     "paged_attention",
     "rotary_and_store",
@@ -40,6 +41,16 @@ def pack_weight(weight: torch.Tensor) -> LinearWeight:
     return LinearWeight(torch.ops.steer_engine.pack_weight(weight.contiguous()), *weight.shape)
 
 
+def pack_int8_weight(weight: torch.Tensor, tail: torch.Tensor | None = None) -> Int8Weight:
+    """See reference.pack_int8_weight; the same numbers as [out_features / 16, in_features, 16],
+    flat and zero-padded, in_features to an even number.
+    """
+    data, scales = torch.ops.steer_engine.pack_int8_weight(weight.contiguous())
+    packed_tail = None if tail is None else pack_weight(tail)
+    in_features = weight.shape[1] + (0 if tail is None else tail.shape[1])
+    return Int8Weight(data, len(weight), in_features, scales, packed_tail)
+
+
 def embedding(weight: LinearWeight, input_ids: torch.Tensor) -> torch.Tensor:
     """See reference.embedding.
 
@@ -54,14 +65,20 @@ def embedding(weight: LinearWeight, input_ids: torch.Tensor) -> torch.Tensor:
     return rows[:, : weight.in_features].float()
 
 
-def linear(x, weight: LinearWeight, out, *, bias=None, gelu_columns=0, accumulate=False):
+def linear(
+    x, weight: LinearWeight | Int8Weight, out, *, bias=None, gelu_columns=0, accumulate=False
+):
     """See reference.linear.
 
     The arithmetic is the same for every number of rows; x and out may have any row stride.
     """
-    torch.ops.steer_engine.linear(
-        x, weight.data, bias, weight.out_features, gelu_columns, accumulate, out
-    )
+    rest = (bias, weight.out_features, gelu_columns, accumulate, out)
+    if isinstance(weight, Int8Weight):
+        tail = None if weight.tail is None else weight.tail.data
+        quantized = (weight.data, weight.scales, tail, weight.tail_features)
+        torch.ops.steer_engine.linear_int8(x, *quantized, *rest)
+    else:
+        torch.ops.steer_engine.linear(x, weight.data, *rest)
     return out
 
 

@@ -192,7 +192,8 @@ def _build_request(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(values: dict[str, Any]) -> Engine:
-    machine = ("device", "dtype", "backend", "max_num_seqs", "max_model_len", "kv_cache_gib")
+    machine = ("device", "dtype", "weight_dtype", "backend")
+    machine += ("max_num_seqs", "max_model_len", "kv_cache_gib")
     engine = Engine.from_pretrained(
         values["base"], values["domain"], **{name: values[name] for name in machine}
     )

@@ -14,6 +14,7 @@ import torch
 from .batch import Batch
 from .guidance import PassKind
 from .head import HeadRows
+from .kernels.reference import Int8Weight, LinearWeight
 from .kv_cache import KVCache
 from .model import FalconModel, FusedLayer, SplitLayer, StackedLinear, StackedNorm
 
@@ -70,10 +71,8 @@ class CpuFalconModel(FalconModel):
         is_fused = isinstance(self.layers[0], FusedLayer)
         fields = [
             *_norm_fields(self.final_norm),
-            *(
-                _address(w and w.data)
-                for w in (self.embedding, self.domain_embedding, self.head, self.domain_head)
-            ),
+            *(_address(w and w.data) for w in (self.embedding, self.domain_embedding)),
+            *_flat(map(_weight_fields, (self.head, self.domain_head))),
             config.hidden_size,
             config.ffn_hidden_size,
             config.num_heads,
@@ -110,17 +109,26 @@ def _norm_fields(norm: StackedNorm | None) -> list[int]:
 def _product_fields(product: StackedLinear | None) -> list[int]:
     """struct StackedProduct."""
     if product is None:
-        return [ABSENT] * 8
-    lora_a = product.lora_a
-    addresses = [
-        product.weight.data,
-        product.bias,
-        product.domain_weight and product.domain_weight.data,
-        product.domain_bias,
-        lora_a and lora_a.data,
+        return [ABSENT] * 11
+    weight, lora_a = product.weight, product.lora_a
+    lora_b = weight.tail if isinstance(weight, Int8Weight) else None
+    return [
+        *_weight_fields(weight),
+        _address(product.bias),
+        *_weight_fields(product.domain_weight),
+        _address(product.domain_bias),
+        _address(lora_a and lora_a.data),
+        _address(lora_b and lora_b.data),
+        weight.out_features,
+        product.width,
+        0 if lora_a is None else lora_a.out_features,
     ]
-    rank = 0 if lora_a is None else lora_a.out_features
-    return [*map(_address, addresses), product.weight.out_features, product.width, rank]
+
+
+def _weight_fields(weight: LinearWeight | Int8Weight | None) -> list[int]:
+    """struct PackedWeight."""
+    scales = weight.scales if isinstance(weight, Int8Weight) else None
+    return [_address(weight and weight.data), _address(scales)]
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -33,6 +33,7 @@ from .loader import ModelLoader
 from .machine import (
     BLOCK_SIZE,
     DTYPES,
+    INT8,
     EngineConfig,
     MemoryPlan,
     blocks_wanted,
@@ -84,11 +85,18 @@ class Engine:
         self.has_domain = pair.domain is not None
         self._pair = pair
         device, dtype = torch.device(self.config.device), DTYPES[self.config.dtype]
-        loader = ModelLoader(pair.base, pair.domain, self.config.backend, dtype, device)
+        loader = ModelLoader(
+            pair.base,
+            pair.domain,
+            self.config.backend,
+            dtype,
+            device,
+            is_int8=self.config.weight_dtype == INT8,
+        )
         with naming_settings(
             f"loading on {device}",
-            "set a smaller dtype, kv_cache_gib or max_num_seqs, or pass a LoRA adapter instead of "
-            "a full fine-tune",
+            "set a smaller dtype, weight_dtype, kv_cache_gib or max_num_seqs, or pass a LoRA "
+            "adapter instead of a full fine-tune",
         ):
             self.model = loader.load(self.config.max_model_len)
             num_blocks = num_cache_blocks(self.config, self.model_config)
@@ -113,6 +121,7 @@ class Engine:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        weight_dtype: str = "auto",
         backend: str = "auto",
         max_num_seqs: int = 64,
         max_model_len: int | None = None,
@@ -127,8 +136,8 @@ class Engine:
             base: directory of the model before fine-tuning.
             domain: directory of a full fine-tune or of a PEFT LoRA adapter for base; None: plain
                 decoding of base.
-            device, dtype, backend, max_num_seqs, max_model_len, kv_cache_gib, fold_head,
-                steps_per_poll, cuda_graphs: see EngineConfig.
+            device, dtype, weight_dtype, backend, max_num_seqs, max_model_len, kv_cache_gib,
+                fold_head, steps_per_poll, cuda_graphs: see EngineConfig.
         Raises:
             CheckpointError: something does not fit; found from headers, before weights are read.
             CapacityError: memory does not suffice.
@@ -137,6 +146,7 @@ class Engine:
         config = EngineConfig(
             device=device,
             dtype=dtype,
+            weight_dtype=weight_dtype,
             backend=backend,
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,

@@ -59,11 +59,15 @@ class ModelLoader:
         backend: str,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        is_int8: bool = False,
     ):
+        """is_int8: quantise the products' weights and the head; the rest stays in dtype."""
         self.base = base
         self.finetune = domain if isinstance(domain, Checkpoint) else None
         self.adapter = domain if isinstance(domain, LoraAdapter) else None
         self.ops, self.dtype, self.device = ops.implementation(backend), dtype, device
+        self._is_int8 = is_int8
         self._model_class = CpuFalconModel if backend == "cpu" else FalconModel
         self._changes_logits = self.adapter is None or self.adapter.head is not None
 
@@ -81,7 +85,7 @@ class ModelLoader:
             domain_embedding = self._pack(self.finetune.read_embedding())
             domain_head = self._head(self.finetune, domain_embedding)
         elif self.adapter is not None and self.adapter.head is not None:
-            domain_head = self._pack(self.adapter.read_head())
+            domain_head = self._pack_product(self.adapter.read_head())
         layers = []
         for index in range(config.num_layers):
             layers.append(self._layer(index))
@@ -135,16 +139,14 @@ class ModelLoader:
         """
         weight = self._joined_weight(self.base, layer, kinds, same_input)
         lora = self._joined_adapter(layer, kinds, same_input)
-        if lora is not None:
-            weight = torch.cat((weight.to(self.dtype), lora.b.to(self.dtype)), dim=1)
         stacked = StackedLinear(
             ops=self.ops,
-            weight=self._pack(weight),
+            weight=self._pack_product(weight, None if lora is None else lora.b),
             bias=self._joined_bias(self.base, layer, kinds, same_input),
             lora_a=None if lora is None else self._pack(lora.a),
         )
         if self.finetune is not None:
-            stacked.domain_weight = self._pack(
+            stacked.domain_weight = self._pack_product(
                 self._joined_weight(self.finetune, layer, kinds, same_input)
             )
             stacked.domain_bias = self._joined_bias(self.finetune, layer, kinds, same_input)
@@ -182,7 +184,10 @@ class ModelLoader:
 
     def _head(self, checkpoint: Checkpoint, embedding):
         head = checkpoint.read_untied_head()
-        return embedding if head is None else self._pack(head)
+        if head is not None:
+            return self._pack_product(head)
+        # The embedding's rows are looked up, not multiplied: there int8 would save no time.
+        return self._pack_product(checkpoint.read_embedding()) if self._is_int8 else embedding
 
     def _norm(self, base, domain) -> StackedNorm:
         def to_fp32(pair):
@@ -197,3 +202,15 @@ class ModelLoader:
 
     def _pack(self, weight: torch.Tensor):
         return self.ops.pack_weight(weight.to(self.device, self.dtype))
+
+    def _pack_product(self, weight: torch.Tensor, b: torch.Tensor | None = None):
+        """[weight | b], where b is an adapter's: small, and not quantised."""
+        if not self._is_int8:
+            if b is not None:
+                weight = torch.cat((weight.to(self.dtype), b.to(self.dtype)), dim=1)
+            return self._pack(weight)
+        # From the checkpoint's own numbers: rounding them to bf16 first would be one error more.
+        if weight.dtype == torch.float16:
+            weight = weight.float()
+        b = None if b is None else b.to(self.device, self.dtype)
+        return self.ops.pack_int8_weight(weight.to(self.device), b)

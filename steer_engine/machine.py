@@ -16,6 +16,7 @@ from .errors import CapacityError, check_number
 from .guidance import PassKind
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+INT8 = "int8"
 BLOCK_SIZE = 64  # tokens per block of the KV cache
 CPU_CACHE_SHARE = 0.4  # of the memory that is available once the weights are loaded
 CUDA_CACHE_SHARE = 0.9
@@ -31,7 +32,10 @@ class EngineConfig:
     Attributes:
         device: "cpu", "cuda", "cuda:1" or "auto".
         dtype: "float32", "bfloat16" or "auto" (bf16 where it is fast).
-        backend: "reference", "cpu", "triton", "cuda" or "auto".
+        weight_dtype: "int8" (quantised per output channel, see kernels/reference/linear.py; half
+            the bytes of bf16, so up to twice the speed where few sequences run, and a small loss
+            of quality) or "auto" (as dtype). Inputs, cache and an adapter stay in dtype.
+        backend: "reference", "cpu", "triton", "cuda" or "auto"; int8 needs one of the first two.
         max_num_seqs: sequences that run side by side.
         max_model_len: longest prompt plus completion, in tokens; None: the model's
             max_position_embeddings.
@@ -48,6 +52,7 @@ class EngineConfig:
 
     device: str = "auto"
     dtype: str = "auto"
+    weight_dtype: str = "auto"
     backend: str = "auto"
     max_num_seqs: int = 64
     max_model_len: int | None = None
@@ -68,6 +73,8 @@ class EngineConfig:
             check_number("kv_cache_gib", self.kv_cache_gib, low=0.0, low_is_open=True)
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype must be auto, {' or '.join(DTYPES)}, got {self.dtype!r}")
+        if self.weight_dtype not in ("auto", INT8, *DTYPES):
+            raise ValueError(f"weight_dtype must be auto or int8, got {self.weight_dtype!r}")
 
     def resolve(self, model: FalconConfig) -> EngineConfig:
         """The same configuration without "auto" and None.
@@ -91,6 +98,14 @@ class EngineConfig:
         dtype = self.dtype
         if dtype == "auto":
             dtype = "bfloat16" if has_fast_bf16(device) else "float32"
+        backend = ops.resolve_backend(self.backend, device)
+        weight_dtype = dtype if self.weight_dtype == "auto" else self.weight_dtype
+        if weight_dtype not in (INT8, dtype):
+            raise ValueError(
+                f"weight_dtype must be int8 or the dtype, {dtype}, got {weight_dtype!r}; use auto"
+            )
+        if weight_dtype == INT8 and not ops.has_int8(backend):
+            raise ValueError(f"weight_dtype int8 needs backend cpu or reference, got {backend}")
         max_model_len = self.max_model_len or model.max_position_embeddings
         # Alibi extrapolates. Rotary positions beyond the trained context raise no error and give
         # bad text.
@@ -110,6 +125,7 @@ class EngineConfig:
             self,
             device=str(device),
             dtype=dtype,
+            weight_dtype=weight_dtype,
             backend=backend,
             max_model_len=max_model_len,
             cuda_graphs=can_capture if self.cuda_graphs is None else self.cuda_graphs,

@@ -17,7 +17,7 @@ An adapter's A x of the second product takes the columns of k and v, which are i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import NamedTuple
@@ -67,7 +67,8 @@ class StackedLinear:
     """One product for both weight sets.
 
     ops: the backend's module of functions.
-    weight, bias: the base's; scale*B stands beside the weight where lora_a is set.
+    weight, bias: the base's; scale*B stands beside the weight where lora_a is set, as its tail if
+        the weight is in int8.
     domain_weight, domain_bias: a full fine-tune's own; None where the domain shares the base's.
     lora_a: A of an adapter, or None.
     """
@@ -245,11 +246,11 @@ class FalconModel:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weight matrices; a tied head counts once."""
+        """Bytes of all weight matrices, scales of int8 included; a tied head counts once."""
         packed = [self.embedding, self.head, self.domain_embedding, self.domain_head]
         for product in self._all_products():
             packed += [product.weight, product.domain_weight, product.lora_a]
-        return sum({w.data.data_ptr(): w.data.nbytes for w in packed if w is not None}.values())
+        return sum({t.data_ptr(): t.nbytes for t in _tensors(packed)}.values())
 
     def head_rows(
         self, guidances: Sequence[Guidance], passes: Sequence[PassKind], *, folds: bool
@@ -353,3 +354,12 @@ class FalconModel:
         if self._logits is None or self._logits.numel() < math.prod(shape):
             self._logits = torch.empty(math.prod(shape), dtype=torch.float32, device=self.device)
         return self._logits[: math.prod(shape)].view(shape)
+
+
+def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    """The tensors among the values and, where one is a weight, among its fields."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)

@@ -2,8 +2,8 @@
 
 `reference` is plain PyTorch and defines every op; `cpu` is the compiled library (csrc); `triton`
 has GPU kernels; `cuda` has the sampler in CUDA C++ and Triton's ops, or the reference's, for the
-rest. All offer the same functions with the same signatures, so the model holds one module of them
-and calls it:
+rest. All offer the same functions with the same signatures (but for pack_int8_weight, which
+`reference` and `cpu` have), so the model holds one module of them and calls it:
 
     ops.implementation(ops.resolve_backend("auto", device)).layer_norm(...)
 
@@ -112,6 +112,11 @@ def cpu_isa() -> str:
 def implementation(backend: str) -> ModuleType:
     """The module of functions of a resolved backend."""
     return importlib.import_module(f".kernels.{BACKENDS[backend]}", __package__)
+
+
+def has_int8(backend: str) -> bool:
+    """Whether a resolved backend multiplies with weights in int8."""
+    return hasattr(implementation(backend), "pack_int8_weight")
 
 
 def guided_probs(logits, weights, **arguments) -> torch.Tensor:

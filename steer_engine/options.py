@@ -119,6 +119,7 @@ OPTIONS = (
     Option("kv_cache_gib", float, None, "Size of the KV cache.", "as needed, within free memory"),
     Option("device", str, _machine.device, "auto, cpu, cuda or cuda:N."),
     Option("dtype", str, _machine.dtype, "auto, float32 or bfloat16."),
+    Option("weight_dtype", str, _machine.weight_dtype, "auto (as dtype) or int8."),
     Option("backend", str, _machine.backend, "auto, reference, cpu, triton or cuda."),
     Option("progress", bool, True, "Show a progress bar."),
 )

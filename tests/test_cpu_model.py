@@ -42,11 +42,20 @@ def domain_of(base, kind: str):
     return directory
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8")],
+    ids=["fp32", "bf16", "int8"],
+)
 @pytest.mark.parametrize("domain", ["none", "lora", "finetune"])
-def test_the_compiled_forward_gives_the_bits_of_the_plain_one(base, domain, dtype):
+def test_the_compiled_forward_gives_the_bits_of_the_plain_one(base, domain, dtype, weight_dtype):
     engine = Engine.from_pretrained(
-        base, domain_of(base, domain), device="cpu", dtype=dtype, max_num_seqs=4
+        base,
+        domain_of(base, domain),
+        device="cpu",
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        max_num_seqs=4,
     )
     guidance = Guidance.cfg(1.5) if domain == "none" else Guidance.recommended()
     assert isinstance(engine.model, CpuFalconModel)

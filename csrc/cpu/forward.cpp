@@ -26,12 +26,12 @@ struct Rows {
   }
 };
 
-LinearArgs linear_args(const void* weight, const float* bias, Rows x, int64_t in_features, Rows out,
-                       int64_t out_features, int64_t num_rows) {
+LinearArgs linear_args(PackedWeight weight, const float* bias, Rows x, int64_t in_features,
+                       Rows out, int64_t out_features, int64_t num_rows) {
   return {
       .x = x.data,
       .x_row_stride = x.stride,
-      .packed = weight,
+      .packed = weight.data,
       .bias = bias,
       .out = out.data,
       .out_row_stride = out.stride,
@@ -42,6 +42,7 @@ LinearArgs linear_args(const void* weight, const float* bias, Rows x, int64_t in
       .is_bf16 = x.is_bf16,
       .out_is_bf16 = out.is_bf16,
       .accumulate = false,
+      .scales = weight.scales,
   };
 }
 
@@ -161,15 +162,21 @@ class ForwardPass {
   void product(const StackedProduct& p, Rows x, Rows out, int64_t gelu_columns = 0,
                bool accumulate = false) {
     if (p.lora_a) adapt(p, x);
-    const bool has_two = p.domain_weight != nullptr;
+    const bool has_two = p.domain_weight.data != nullptr;
     const int64_t num_base = has_two ? a_.num_rows - a_.num_domain : a_.num_rows;
     const int64_t first_base = a_.num_rows - num_base;
     LinearArgs base = linear_args(p.weight, p.bias, x.from_row(first_base), p.in_features,
                                   out.from_row(first_base), p.out_features, num_base);
     base.gelu_columns = gelu_columns;
     base.accumulate = accumulate;
+    if (p.lora_b) {
+      base.in_features -= p.rank;
+      base.tail = p.lora_b;
+      base.tail_features = p.rank;
+    }
     LinearArgs domain = base;
-    domain.packed = p.domain_weight;
+    domain.packed = p.domain_weight.data;
+    domain.scales = p.domain_weight.scales;
     domain.bias = p.domain_bias;
     domain.x = x.data;
     domain.out = out.data;
@@ -182,7 +189,7 @@ class ForwardPass {
     const int64_t in_features = p.in_features - p.rank;
     const Rows s = x.from_column(in_features);
     const LinearArgs args =
-        linear_args(p.lora_a, nullptr, x, in_features, s, p.rank, a_.num_domain);
+        linear_args({p.lora_a, nullptr}, nullptr, x, in_features, s, p.rank, a_.num_domain);
     const int64_t num_tasks = a_.num_domain > 0 ? num_panels(p.rank) : 0;
     team_.stage(num_tasks + 1, [&](int64_t begin, int64_t end) {
       kernels().linear(args, begin, std::min(end, num_tasks));
@@ -309,7 +316,7 @@ void logits(const LogitsArgs& a, Team& team) {
   const Rows normed{a.normed, m.hidden_size, a.is_bf16}, out{a.logits, m.vocab_size, false};
   const int64_t num_domain = a.num_domain_rows * a.num_seqs;
   const int64_t num_base = a.num_rows * a.num_seqs - num_domain;
-  const void* domain_head = m.domain_head ? m.domain_head : m.head;
+  const PackedWeight domain_head = m.domain_head.data ? m.domain_head : m.head;
   products(team,
            linear_args(domain_head, nullptr, normed, m.hidden_size, out, m.vocab_size, num_domain),
            linear_args(m.head, nullptr, normed.from_row(num_domain), m.hidden_size,

@@ -7,7 +7,7 @@
 
 namespace steer {
 
-// The four structs of weights below are filled from Python as tables of int64
+// The five structs of weights below are filled from Python as tables of int64
 // (steer_engine/cpu_model.py): addresses and sizes, 8 bytes each, in this order. A null address:
 // not there.
 
@@ -17,14 +17,21 @@ struct StackedNorm {
   const float *domain_weight, *domain_bias;
 };
 
+// In int8 where there are scales, else in the model's dtype.
+struct PackedWeight {
+  const void* data;
+  const float* scales;  // [out_features]
+};
+
 // A product for both weight sets. With lora_a, `weight` is [W | scale*B] and the last `rank`
-// columns of the input receive A x.
+// columns of the input receive A x. In int8, `weight` is W alone and lora_b holds scale*B.
 struct StackedProduct {
-  const void* weight;  // packed [out_features, in_features]
-  const float* bias;   // [out_features]
-  const void* domain_weight;
+  PackedWeight weight;  // packed [out_features, in_features]
+  const float* bias;    // [out_features]
+  PackedWeight domain_weight;
   const float* domain_bias;
   const void* lora_a;  // packed [rank, in_features - rank]
+  const void* lora_b;  // packed [out_features, rank]
   int64_t out_features, in_features, rank;
 };
 
@@ -36,8 +43,8 @@ struct LayerWeights {
 
 struct ModelWeights {
   StackedNorm final_norm;
-  const void *embedding, *domain_embedding;  // packed [vocab_size, hidden_size]
-  const void *head, *domain_head;
+  const void *embedding, *domain_embedding;  // packed [vocab_size, hidden_size], never in int8
+  PackedWeight head, domain_head;
   int64_t hidden_size, ffn_hidden_size, num_heads, num_kv_heads, vocab_size, num_layers;
   int64_t is_fused, is_parallel;
 };

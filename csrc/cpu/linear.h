@@ -1,5 +1,8 @@
 // out = x W^T + bias, then GELU on the first columns, then stored or added to out.
 //
+// A weight in int8 is W = scales * packed: whole numbers are summed, and sums scaled. Its tail, the
+// last columns of W, is added behind that as it is.
+//
 // A task is a panel of 64 columns. Its weights are read from memory once, in blocks of kBlockLen
 // inputs, and every block is used for all rows of a chunk while it lies in cache.
 #pragma once
@@ -21,27 +24,48 @@ constexpr int64_t kAheadOfOneTile = 1024;
 constexpr int64_t kFp32BlockLenOfFewRows = 64;
 constexpr int64_t kFp32BlockLen = 256 / kColumnTile;
 constexpr int64_t kManyRows = 12;
+// Of a block that int8 is converted to for many rows: the bytes of those in fp32.
+template <class C>
+constexpr int64_t kMaxConvertedLen = kFp32BlockLen * sizeof(float) / sizeof(C);
 // The sums of a chunk of rows, 240 x 64 in fp32, are 60 KB of L2.
 constexpr int64_t kRowChunk = 240;
 
-// The sums of a chunk of rows and room for blocks in fp32, with a padded last input.
+// The sums of a chunk of rows and room for converted blocks, with a padded last input.
 struct PanelScratch {
   float* sums;     // [kRowChunk, kPanelWidth]
   float* x;        // [kRowChunk, kFp32BlockLen]
-  float* weights;  // [kPanelWidth / kLanes, kFp32BlockLen, kLanes]
+  float* weights;  // [kPanelWidth / kLanes, kFp32BlockLen, kLanes], or bf16 and twice as long
 };
 
-// One call of `multiply` for bf16 by fp32 arithmetic.
-template <class T>
-inline void multiply_converted(const T* x, int64_t x_row_stride, int64_t rows, const T* packed,
+// One call of `multiply`, for weights that are converted first, and inputs where they have to be.
+// rows: more than a tile's for int8.
+template <class T, class W>
+inline void multiply_converted(const T* x, int64_t x_row_stride, int64_t rows, const W* packed,
                                int64_t group_stride, int64_t num_groups, int64_t k_len,
                                const PanelScratch& scratch) {
-  for (int64_t row = 0; row < rows; ++row) {
-    convert(x + row * x_row_stride, k_len, scratch.x + row * kFp32BlockLen);
+  using C = Converted<T>;
+  constexpr int64_t kGroupStride = kMaxConvertedLen<C> * kLanes;
+  C* weights = reinterpret_cast<C*>(scratch.weights);
+  float* sums = scratch.sums;
+  if constexpr (std::is_same_v<W, int8_t>) {
+    constexpr int64_t kAhead = kPrefetchesWeights ? kMaxConvertedLen<C> * kBytesPerInput<W> : 0;
+    multiply_first_rows<kAhead>(x, x_row_stride, packed, group_stride, num_groups, k_len, weights,
+                                kGroupStride, sums, kPanelWidth);
+    x += kRowTile * x_row_stride;
+    sums += kRowTile * kPanelWidth;
+    rows -= kRowTile;
+  } else {
+    convert_weights(packed, group_stride, num_groups, k_len, weights, kGroupStride);
   }
-  convert_weights(packed, group_stride, num_groups, k_len, scratch.weights, kFp32BlockLen * kLanes);
-  multiply(scratch.x, kFp32BlockLen, rows, scratch.weights, kFp32BlockLen * kLanes, num_groups,
-           round_up(k_len, kStep<T>), scratch.sums, kPanelWidth);
+  if constexpr (std::is_same_v<C, T>) {
+    multiply(x, x_row_stride, rows, weights, kGroupStride, num_groups, k_len, sums, kPanelWidth);
+  } else {
+    for (int64_t row = 0; row < rows; ++row) {
+      convert(x + row * x_row_stride, k_len, scratch.x + row * kFp32BlockLen);
+    }
+    multiply(scratch.x, kFp32BlockLen, rows, weights, kGroupStride, num_groups,
+             round_up(k_len, kStep<T>), sums, kPanelWidth);
+  }
 }
 
 // GELU on the first n lanes; n may be beyond them or below 0.
@@ -61,8 +85,8 @@ inline void finish_row(const LinearArgs& a, const float* sums, int64_t row, int6
   }
 }
 
-template <int64_t kLen, int64_t kAhead, class T>
-inline void multiply_blocks(const T* x, int64_t x_row_stride, int64_t rows, const T* packed,
+template <int64_t kLen, int64_t kAhead, class T, class W>
+inline void multiply_blocks(const T* x, int64_t x_row_stride, int64_t rows, const W* packed,
                             int64_t group_stride, int64_t num_groups, int64_t in_features,
                             float* sums) {
   for (int64_t k = 0; k < in_features; k += kLen) {
@@ -71,33 +95,73 @@ inline void multiply_blocks(const T* x, int64_t x_row_stride, int64_t rows, cons
   }
 }
 
-// scratch.sums = x W^T for the rows from row_begin on.
-template <class T>
-inline void multiply_panel(const LinearArgs& a, int64_t first_column, int64_t row_begin,
-                           int64_t rows, const PanelScratch& scratch) {
+// Columns of a weight, packed as W, and where their inputs begin in x.
+template <class W>
+struct WeightColumns {
+  const W* packed;
+  int64_t first_input, num_inputs;
+};
+
+// scratch.sums += x W^T for the rows from row_begin on.
+template <class T, class W>
+inline void multiply_panel(const LinearArgs& a, const WeightColumns<W>& weight,
+                           int64_t first_column, int64_t row_begin, int64_t rows,
+                           const PanelScratch& scratch) {
   const int64_t width = std::min(kPanelWidth, a.out_features - first_column);
   const int64_t num_groups = round_up(width, kLanes) / kLanes;
-  const int64_t group_stride = kLanes * round_up(a.in_features, kStep<T>);
-  const T* packed = static_cast<const T*>(a.packed) + first_column / kLanes * group_stride;
-  const T* x = static_cast<const T*>(a.x) + row_begin * a.x_row_stride;
-  std::memset(scratch.sums, 0, rows * kPanelWidth * sizeof(float));
-  if constexpr (kCanConvert<T>) {
-    if (rows >= kMinRowsToConvert) {
-      const int64_t block_len = rows < kManyRows ? kFp32BlockLenOfFewRows : kFp32BlockLen;
-      for (int64_t k = 0; k < a.in_features; k += block_len) {
+  const int64_t group_stride = kLanes * round_up(weight.num_inputs, kPackedStep<W>);
+  const W* packed = weight.packed + first_column / kLanes * group_stride;
+  const T* x = static_cast<const T*>(a.x) + row_begin * a.x_row_stride + weight.first_input;
+  constexpr int64_t kMinRows = std::is_same_v<W, int8_t> ? kRowTile + 1
+                               : kCanConvert<T>          ? kMinRowsToConvert
+                                                         : kNever;
+  if constexpr (kMinRows != kNever) {
+    if (rows >= kMinRows) {
+      const int64_t block_len =
+          rows < kManyRows ? kFp32BlockLenOfFewRows : kMaxConvertedLen<Converted<T>>;
+      for (int64_t k = 0; k < weight.num_inputs; k += block_len) {
         multiply_converted(x + k, a.x_row_stride, rows, packed + k * kLanes, group_stride,
-                           num_groups, std::min(block_len, a.in_features - k), scratch);
+                           num_groups, std::min(block_len, weight.num_inputs - k), scratch);
       }
       return;
     }
   }
   if (kPrefetchesWeights && rows > kRowTile) {
-    multiply_blocks<kShortBlockLen, kShortBlockLen * kBytesPerInput<T>>(
-        x, a.x_row_stride, rows, packed, group_stride, num_groups, a.in_features, scratch.sums);
+    multiply_blocks<kShortBlockLen, kShortBlockLen * kBytesPerInput<W>>(
+        x, a.x_row_stride, rows, packed, group_stride, num_groups, weight.num_inputs, scratch.sums);
   } else {
     multiply_blocks<kBlockLen, kPrefetchesWeights ? kAheadOfOneTile : 0>(
-        x, a.x_row_stride, rows, packed, group_stride, num_groups, a.in_features, scratch.sums);
+        x, a.x_row_stride, rows, packed, group_stride, num_groups, weight.num_inputs, scratch.sums);
   }
+}
+
+inline void scale_sums(const LinearArgs& a, int64_t first_column, int64_t rows, float* sums) {
+  const int64_t width = std::min(kPanelWidth, a.out_features - first_column);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const F16 scales = load(a.scales + first_column + i, width - i);
+    for (int64_t row = 0; row < rows; ++row) {
+      float* at = sums + row * kPanelWidth + i;
+      store(at, load(at) * scales);
+    }
+  }
+}
+
+// scratch.sums = x W^T for the rows from row_begin on.
+template <class T>
+inline void sum_panel(const LinearArgs& a, int64_t first_column, int64_t row_begin, int64_t rows,
+                      const PanelScratch& scratch) {
+  std::memset(scratch.sums, 0, rows * kPanelWidth * sizeof(float));
+  if (!a.scales) {
+    const WeightColumns<T> all{static_cast<const T*>(a.packed), 0, a.in_features};
+    multiply_panel<T>(a, all, first_column, row_begin, rows, scratch);
+    return;
+  }
+  const WeightColumns<int8_t> quantized{static_cast<const int8_t*>(a.packed), 0, a.in_features};
+  multiply_panel<T>(a, quantized, first_column, row_begin, rows, scratch);
+  scale_sums(a, first_column, rows, scratch.sums);
+  if (!a.tail) return;
+  const WeightColumns<T> tail{static_cast<const T*>(a.tail), a.in_features, a.tail_features};
+  multiply_panel<T>(a, tail, first_column, row_begin, rows, scratch);
 }
 
 template <class T>
@@ -110,7 +174,7 @@ inline void linear_panel(const LinearArgs& a, int64_t panel) {
   const int64_t first_column = panel * kPanelWidth;
   for (int64_t row_begin = 0; row_begin < a.num_rows; row_begin += kRowChunk) {
     const int64_t rows = std::min(kRowChunk, a.num_rows - row_begin);
-    multiply_panel<T>(a, first_column, row_begin, rows, scratch);
+    sum_panel<T>(a, first_column, row_begin, rows, scratch);
     for (int64_t row = 0; row < rows; ++row) {
       const float* sums = scratch.sums + row * kPanelWidth;
       a.out_is_bf16 ? finish_row<bf16>(a, sums, row_begin + row, first_column)

@@ -14,8 +14,12 @@ namespace steer {
 
 // A packed weight is [out_features / kLanes][in_features / step][kLanes][step], zero padded; step
 // is 2 in bf16 and 1 in fp32. So 16 output columns lie side by side, as the multiply-add
-// instructions want them.
+// instructions want them. In int8 step is 1, too, but inputs are padded to pairs, so that one layout
+// serves inputs in bf16 and in fp32.
 constexpr int64_t kLanes = 16;
+
+// Weights in int8 lie in [-kMaxInt8, kMaxInt8], so that a sign costs nothing.
+constexpr int kMaxInt8 = 127;
 
 // A task of `linear` is this many output columns. 64 columns of 4544 inputs are 0.6 MB in bf16,
 // which stays in L2 while all rows pass over it.
@@ -32,8 +36,9 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-constexpr int64_t packed_size(int64_t out_features, int64_t in_features, bool is_bf16) {
-  return round_up(out_features, kLanes) * (is_bf16 ? round_up(in_features, 2) : in_features);
+// has_pairs: bf16 and int8.
+constexpr int64_t packed_size(int64_t out_features, int64_t in_features, bool has_pairs) {
+  return round_up(out_features, kLanes) * (has_pairs ? round_up(in_features, 2) : in_features);
 }
 
 // Tasks of `linear`.
@@ -48,16 +53,27 @@ struct PackWeightArgs {
   bool is_bf16;
 };
 
+struct PackInt8Args {
+  const void* weight;  // [out_features, in_features]
+  int8_t* packed;
+  float* scales;  // [out_features]
+  int64_t out_features, in_features;
+  bool is_bf16;
+};
+
 struct LinearArgs {
-  const void* x;  // [num_rows, in_features]
+  const void* x;  // [num_rows, in_features + tail_features]
   int64_t x_row_stride;
-  const void* packed;
-  const float* bias;  // [out_features] or null
+  const void* packed;  // [out_features, in_features]: int8 where there are scales, else as x
+  const float* bias;   // [out_features] or null
   void* out;          // [num_rows, out_features]
   int64_t out_row_stride;
   int64_t num_rows, in_features, out_features;
   int64_t gelu_columns;  // GELU applies to the first of out_features
   bool is_bf16, out_is_bf16, accumulate;
+  const float* scales = nullptr;  // [out_features], of a weight in int8
+  const void* tail = nullptr;     // the weight's last columns, packed as x, or null
+  int64_t tail_features = 0;
 };
 
 struct LayerNormArgs {
@@ -125,6 +141,7 @@ struct GuidedSampleArgs {
 
 // Tasks: groups of 16 output columns.
 void pack_weight(const PackWeightArgs& args, int64_t begin, int64_t end);
+void pack_int8_weight(const PackInt8Args& args, int64_t begin, int64_t end);
 
 // The kernels of one instruction set.
 struct Kernels {

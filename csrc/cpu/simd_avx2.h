@@ -26,6 +26,11 @@ inline F16 load(const bf16* p) {
   const __m256i hi = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves + 1));
   return {as_float(_mm256_slli_epi32(lo, 16)), as_float(_mm256_slli_epi32(hi, 16))};
 }
+inline F16 load(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+}
 inline void store(float* p, F16 a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
@@ -148,6 +153,11 @@ constexpr bool kPrefetchesWeights = false;
 struct Bf16Weights {
   F16 even, odd;
 };
+inline Bf16Weights pair_up(F16 even, F16 odd) { return {even, odd}; }
+inline void store(float* p, Bf16Weights w) {
+  store(p, w.even);
+  store(p + kLanes, w.odd);
+}
 inline Bf16Weights split_pairs(__m256i lo, __m256i hi) {
   const __m256i upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
   return {{as_float(_mm256_slli_epi32(lo, 16)), as_float(_mm256_slli_epi32(hi, 16))},

@@ -21,6 +21,10 @@ inline F16 load(const bf16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
+inline F16 load(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
 inline void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
 inline void store(bf16* p, F16 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
@@ -90,6 +94,12 @@ constexpr bool kPrefetchesWeights = true;
 struct Bf16Weights {
   __m512bh pairs;
 };
+inline Bf16Weights pair_up(F16 even, F16 odd) {
+  // The lower half of a small whole number in fp32 is 0.
+  const __m512i lower = _mm512_srli_epi32(_mm512_castps_si512(even.v), 16);
+  return {(__m512bh)_mm512_or_si512(lower, _mm512_castps_si512(odd.v))};
+}
+inline void store(bf16* p, Bf16Weights w) { _mm512_storeu_si512(p, (__m512i)w.pairs); }
 inline Bf16Weights load_weights(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
 inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
   int32_t pair;
@@ -103,6 +113,11 @@ constexpr bool kPrefetchesWeights = false;
 struct Bf16Weights {
   F16 even, odd;
 };
+inline Bf16Weights pair_up(F16 even, F16 odd) { return {even, odd}; }
+inline void store(float* p, Bf16Weights w) {
+  store(p, w.even);
+  store(p + kLanes, w.odd);
+}
 inline Bf16Weights split_pairs(__m512i pairs) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
   return {{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))},

@@ -41,6 +41,9 @@ inline F16 load(const float* p) {
 inline F16 load(const bf16* p) {
   return each_lane([&](int i) { return to_float(p[i]); });
 }
+inline F16 load(const int8_t* p) {
+  return each_lane([&](int i) { return static_cast<float>(p[i]); });
+}
 inline void store(float* p, F16 a) {
   for (int i = 0; i < 16; ++i) p[i] = a.v[i];
 }
@@ -145,6 +148,12 @@ constexpr bool kPrefetchesWeights = false;
 struct Bf16Weights {
   F16 even, odd;
 };
+// Of whole numbers up to 256, which bf16 holds exactly.
+inline Bf16Weights pair_up(F16 even, F16 odd) { return {even, odd}; }
+inline void store(float* p, Bf16Weights w) {
+  store(p, w.even);
+  store(p + kLanes, w.odd);
+}
 inline Bf16Weights load_weights(const bf16* p) {
   return {each_lane([&](int i) { return to_float(p[2 * i]); }),
           each_lane([&](int i) { return to_float(p[2 * i + 1]); })};

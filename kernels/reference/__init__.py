@@ -10,9 +10,10 @@ from .guided_sample import (
     prepare_parameters,
 )
 from .layer_norm import layer_norm
-from .linear import LinearWeight, embedding, linear, pack_weight
+from .linear import Int8Weight, LinearWeight, embedding, linear, pack_int8_weight, pack_weight
 
 __all__ = [
+    "Int8Weight",
     "LinearWeight",
     "Sampled",
     "SamplingTensors",
@@ -24,6 +25,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "mqa_decode",
+    "pack_int8_weight",
     "pack_weight",
     "paged_attention",
     "prepare_parameters",

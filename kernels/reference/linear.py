@@ -10,6 +10,7 @@ import torch.nn.functional as F
 # A library's matrix product may sum in another order for another number of rows. Running fixed
 # tiles of rows, the last one padded, makes a row's result independent of how many stand beside it.
 ROW_TILE = 16
+MAX_INT8 = 127  # -128 is left out, so that a weight's sign costs nothing
 
 
 class LinearWeight(NamedTuple):
@@ -28,6 +29,44 @@ def pack_weight(weight: torch.Tensor) -> LinearWeight:
     return LinearWeight(weight, *weight.shape)
 
 
+class Int8Weight(NamedTuple):
+    """A weight quantised per output channel, symmetric: W[n, k] = scales[n] * q[n, k].
+
+    data: q in the backend's own layout; here [out_features, columns of q] int8, all in [-127, 127].
+    in_features: columns of q and tail together.
+    scales: [out_features] fp32.
+    tail: the last columns of W in the inputs' dtype, not quantised (an adapter's B), or None.
+    """
+
+    data: torch.Tensor
+    out_features: int
+    in_features: int
+    scales: torch.Tensor
+    tail: LinearWeight | None = None
+
+    @property
+    def tail_features(self) -> int:
+        """Columns of tail."""
+        return 0 if self.tail is None else self.tail.in_features
+
+
+def pack_int8_weight(weight: torch.Tensor, tail: torch.Tensor | None = None) -> Int8Weight:
+    """Quantise a weight [out_features, in_features], fp32 or bf16.
+
+        scales[n] = max over k of |W[n, k]| / 127,  q[n, k] = W[n, k] / scales[n]
+
+    rounded to nearest even. A scale is at least the smallest normal fp32, for rows of zeros.
+
+    tail: see Int8Weight; [out_features, tail_features] in the dtype of the inputs, or None.
+    """
+    scales = weight.abs().amax(dim=1).float() / MAX_INT8
+    scales = scales.clamp(min=torch.finfo(torch.float32).tiny)
+    data = (weight.float() / scales[:, None]).round_().to(torch.int8)
+    packed_tail = None if tail is None else pack_weight(tail)
+    in_features = weight.shape[1] + (0 if tail is None else tail.shape[1])
+    return Int8Weight(data, len(weight), in_features, scales, packed_tail)
+
+
 def embedding(weight: LinearWeight, input_ids: torch.Tensor) -> torch.Tensor:
     """Rows of the embedding matrix: [num_tokens, hidden_size] fp32.
 
@@ -38,7 +77,7 @@ def embedding(weight: LinearWeight, input_ids: torch.Tensor) -> torch.Tensor:
 
 def linear(
     x: torch.Tensor,
-    weight: LinearWeight,
+    weight: LinearWeight | Int8Weight,
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
@@ -51,7 +90,7 @@ def linear(
     [up | q | k | v] is one call. Bias and GELU (erf form) are computed in fp32.
 
     Args:
-        x: [num_rows, in_features], dtype of the weight.
+        x: [num_rows, in_features], dtype of the weight; of an Int8Weight, of its tail.
         bias: [out_features] fp32, or None.
         gelu_columns: 0 to out_features.
         out: [num_rows, out_features], fp32 or bf16, written in place.
@@ -61,7 +100,7 @@ def linear(
     for first in range(0, num_rows, ROW_TILE):
         tile = x[first : first + ROW_TILE]
         tile = F.pad(tile, (0, 0, 0, ROW_TILE - tile.shape[0]))
-        y = F.linear(tile, weight.data).float()
+        y = _product(tile, weight)
         if bias is not None:
             y = y + bias
         if gelu_columns:
@@ -74,3 +113,13 @@ def linear(
         else:
             rows.copy_(y)
     return out
+
+
+def _product(x: torch.Tensor, weight: LinearWeight | Int8Weight) -> torch.Tensor:
+    """x W^T in fp32."""
+    if isinstance(weight, LinearWeight):
+        return F.linear(x, weight.data).float()
+    # Whole numbers times x, summed in fp32; a sum is scaled once.
+    x, x_tail = x.float().tensor_split([weight.data.shape[1]], dim=1)
+    y = F.linear(x, weight.data.float()) * weight.scales
+    return y if weight.tail is None else y + F.linear(x_tail, weight.tail.data.float())

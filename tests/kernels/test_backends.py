@@ -19,8 +19,16 @@ from steer_engine.kernels import cuda, reference
 from steer_engine import ops
 
 # What the reference shares with the others beside its ops.
-SHARED = {"LinearWeight", "Sampled", "SamplingTensors", "last_slots", "prepare_parameters"}
-OPS = sorted(set(reference.__all__) - SHARED)
+SHARED = {
+    "Int8Weight",
+    "LinearWeight",
+    "Sampled",
+    "SamplingTensors",
+    "last_slots",
+    "prepare_parameters",
+}
+OPTIONAL = {"pack_int8_weight"}  # ops.has_int8
+OPS = sorted(set(reference.__all__) - SHARED - OPTIONAL)
 
 
 def parameters(function) -> dict[str, tuple]:
@@ -34,8 +42,8 @@ def test_every_backend_offers_the_references_ops_with_their_signatures(backend):
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     module = importlib.import_module(f"steer_engine.kernels.{ops.BACKENDS[backend]}")
-    assert sorted(set(module.__all__) - SHARED) == OPS
-    for name in OPS:
+    assert sorted(set(module.__all__) - SHARED - OPTIONAL) == OPS
+    for name in [*OPS, *(OPTIONAL & set(module.__all__))]:
         got, expected = parameters(getattr(module, name)), parameters(getattr(reference, name))
         common = {key: value for key, value in got.items() if key in expected}
         # In this order, too: most are passed by position.

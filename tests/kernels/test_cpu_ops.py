@@ -16,6 +16,7 @@ from op_cases import (
     DTYPES,
     FP32,
     TOLERANCE,
+    UNIT,
     Pages,
     assert_close,
     attention_tolerance,
@@ -26,6 +27,7 @@ from op_cases import (
     rotate_fp64,
 )
 from sampler_cases import KINDS, random_logits, random_settings
+from steer_engine.kernels import cpu, reference
 from steer_engine.kernels.reference.guided_sample import (
     guided_sample,
     nucleus,
@@ -72,11 +74,50 @@ def run_linear(x, weight, bias=None, *, gelu_columns=0, out_dtype=FP32):
     return out
 
 
-def check_linear(num_rows, in_features, out_features, dtype, out_dtype, gelu_columns, has_bias):
+def pack_int8(weight, tail_features, module=cpu):
+    """In int8, but for the last columns."""
+    split = weight.shape[1] - tail_features
+    tail = weight[:, split:].contiguous() if tail_features else None
+    return module.pack_int8_weight(weight[:, :split], tail)
+
+
+def run_int8_linear(
+    x, weight, tail_features, bias=None, *, gelu_columns=0, out_dtype=FP32, module=cpu
+):
+    out = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=out_dtype)
+    packed = pack_int8(weight, tail_features, module)
+    return module.linear(x, packed, out, bias=bias, gelu_columns=gelu_columns)
+
+
+def quantized_fp64(weight, tail_features):
+    """What a weight is in int8."""
+    packed = pack_int8(weight, tail_features, reference)
+    columns = packed.data.double() * packed.scales.double()[:, None]
+    return torch.cat((columns, weight[:, columns.shape[1] :].double()), dim=1)
+
+
+def check_linear(
+    num_rows,
+    in_features,
+    out_features,
+    dtype,
+    out_dtype,
+    gelu_columns,
+    has_bias,
+    tail_features=None,
+    module=cpu,
+):
+    """tail_features: None: weights in x's dtype; else in int8, but for so many more columns."""
+    in_features += tail_features or 0
     x = normal(num_rows, in_features, dtype=dtype)
     weight = normal(out_features, in_features, dtype=dtype, seed=1, scale=in_features**-0.5)
     bias = normal(out_features, seed=2) if has_bias else None
-    got = run_linear(x, weight, bias, gelu_columns=gelu_columns, out_dtype=out_dtype)
+    epilogue = {"gelu_columns": gelu_columns, "out_dtype": out_dtype}
+    if tail_features is None:
+        got = run_linear(x, weight, bias, **epilogue)
+    else:
+        got = run_int8_linear(x, weight, tail_features, bias, **epilogue, module=module)
+        weight = quantized_fp64(weight, tail_features)
     expected = x.double() @ weight.double().T + (bias if has_bias else 0)
     tolerance = x.double().abs() @ weight.double().abs().T * TOLERANCE["sum"]
     if gelu_columns:
@@ -88,17 +129,54 @@ def check_linear(num_rows, in_features, out_features, dtype, out_dtype, gelu_col
     if out_dtype == BF16:
         tolerance = tolerance + TOLERANCE[BF16] * expected.abs()
     name = f"linear {num_rows}x{in_features}x{out_features} {dtype} gelu_columns={gelu_columns}"
+    if tail_features is not None:
+        name += f" int8 but for {tail_features}"
     assert_close(got, expected, tolerance, name)
+
+
+LINEAR_SHAPES = [(1, 1), (3, 15), (64, 16), (65, 17), (130, 63), (96, 81)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 13])
 def test_linear_equals_fp64_at_every_tile_remainder(isa, dtype, num_rows):
-    for in_features, out_features in [(1, 1), (3, 15), (64, 16), (65, 17), (130, 63), (96, 81)]:
+    for in_features, out_features in LINEAR_SHAPES:
         for gelu_columns, has_bias, out_dtype in [(0, True, FP32), (out_features, False, BF16)]:
             check_linear(
                 num_rows, in_features, out_features, dtype, out_dtype, gelu_columns, has_bias
             )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 7, 13])
+def test_int8_linear_equals_fp64_on_the_same_whole_numbers(isa, dtype, num_rows):
+    for in_features, out_features in LINEAR_SHAPES:
+        for tail_features, gelu_columns, has_bias, out_dtype in [
+            (0, 0, True, FP32),
+            (1, out_features, False, BF16),
+            (6, 0, False, FP32),
+        ]:
+            check_linear(
+                num_rows,
+                in_features,
+                out_features,
+                dtype,
+                out_dtype,
+                gelu_columns,
+                has_bias,
+                tail_features,
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_references_int8_linear_equals_fp64_on_the_same_whole_numbers(dtype):
+    for tail_features in (0, 5):
+        check_linear(19, 65, 17, dtype, FP32, 4, True, tail_features, reference)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_linear_equals_fp64_with_more_rows_than_a_chunk(isa, dtype):
+    check_linear(243, 1031, 70, dtype, FP32, gelu_columns=70, has_bias=True, tail_features=3)
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
@@ -138,6 +216,35 @@ def test_packed_weights_are_tiles_of_16_columns_padded_with_zeros(dtype):
     padded = F.pad(weight, (0, -7 % step, 0, -33 % 16))
     expected = padded.view(3, 16, -1, step).transpose(1, 2).flatten()
     assert torch.equal(ops.pack_weight(weight), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_weights_are_those_of_the_reference_in_tiles_of_16_columns(dtype):
+    weight = normal(33, 7, dtype=dtype)
+    weight[3], weight[4] = 0, weight[4] * 2.0**-125  # below the smallest scale
+    weight[5] = torch.tensor([127, 0.5, 1.5, 2.5, -0.5, -126.5, 3.4])  # ties go to even
+    got, expected = cpu.pack_int8_weight(weight), reference.pack_int8_weight(weight)
+    padded = F.pad(expected.data, (0, 1, 0, -33 % 16))
+    assert torch.equal(got.data, padded.view(3, 16, 8).transpose(1, 2).flatten())
+    assert torch.equal(got.scales, expected.scales)
+    assert expected.data[5].tolist() == [127, 0, 2, 2, 0, -126, 3]
+    exact = weight.double()
+    error = (expected.data.double() * expected.scales.double()[:, None] - exact).abs()
+    assert (error <= expected.scales.double()[:, None] * (0.5 + 127 * UNIT)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_linear_takes_any_row_stride_and_adds_to_its_output(isa, dtype):
+    wide_x = torch.full((9, 100), torch.nan, dtype=dtype)
+    wide_out = torch.full((9, 60), 7.0)
+    x, out = wide_x[:, 3:40], wide_out[:, 9:30]
+    x.copy_(normal(9, 37))
+    out.copy_(normal(9, 21, seed=1))
+    weight = normal(21, 37, dtype=dtype, seed=2)
+    expected = out + run_int8_linear(x.contiguous(), weight, 4)
+    cpu.linear(x, pack_int8(weight, 4), out, accumulate=True)
+    assert torch.equal(out, expected)
+    assert (wide_out[:, :9] == 7).all() and (wide_out[:, 30:] == 7).all()
 
 
 def test_gelu_equals_fp64_on_both_tails(isa):
@@ -245,6 +352,20 @@ def test_a_row_of_linear_does_not_depend_on_its_neighbours(isa, dtype, gelu_colu
         out = torch.empty(len(rows), 150)
         ops.linear(x[rows], packed, None, 150, gelu_columns, False, out)
         return out
+
+    assert_rows_are_independent(run, 33)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("module", [cpu, reference], ids=["cpu", "reference"])
+def test_a_row_of_int8_linear_does_not_depend_on_its_neighbours(isa, module, dtype):
+    if module is reference and isa != BEST_ISA:
+        pytest.skip("the reference has one instruction set")
+    x, weight = normal(33, 1029, dtype=dtype), normal(150, 1029, dtype=dtype, seed=1, scale=0.03)
+    packed = pack_int8(weight, 6, module)
+
+    def run(rows):
+        return module.linear(x[rows], packed, torch.empty(len(rows), 150), gelu_columns=70)
 
     assert_rows_are_independent(run, 33)
 
@@ -534,6 +655,7 @@ def test_every_op_accepts_no_rows():
     empty_ids = torch.empty(0, dtype=torch.int32)
     out = torch.empty(0, 5)
     ops.linear(torch.empty(0, 3), ops.pack_weight(torch.ones(5, 3)), None, 5, 0, False, out)
+    cpu.linear(torch.empty(0, 3), cpu.pack_int8_weight(torch.ones(5, 3)), out)
     ops.layer_norm(torch.empty(0, 5), torch.ones(5), torch.ones(5), 1e-5, out)
     pages = Pages([3], FP32, *ATTENTION_SIZES["grouped"])
     qkv, slots = random_qkv(pages, 0), torch.empty(0, dtype=torch.int64)
@@ -561,6 +683,21 @@ def test_errors_name_the_argument_what_is_expected_and_what_came():
             ops.linear(x, packed, None, 5, gelu_columns, False, out)
     with pytest.raises(ValueError, match=r"weight must be .*bf16 or fp32.*got \[2, 3\] fp64"):
         ops.pack_weight(x.double())
+    scales = torch.ones(5)
+    for packed, match in [
+        (torch.zeros(48, dtype=torch.int8), r"packed must be \[packed_size=64\] int8.*got \[48\]"),
+        (torch.zeros(64), r"packed must be \[packed_size=64\] int8.*got \[64\] fp32"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            ops.linear_int8(x, packed, scales, None, 0, None, 5, 0, False, out)
+    packed = torch.zeros(32, dtype=torch.int8)
+    for tail, tail_features, match in [
+        (None, 1, "tail must be given where tail_features is not 0"),
+        (torch.zeros(16), 4, r"tail_features must lie in \[0, in_features=3\], got 4"),
+        (torch.zeros(16, dtype=BF16), 1, r"tail must be \[packed_size=16\] fp32.*got .* bf16"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            ops.linear_int8(x, packed, scales, tail, tail_features, None, 5, 0, False, out)
     with pytest.raises(ValueError, match=r"STEER_CPU_ISA must be one of portable, .*got 'sse9'"):
         ops.set_cpu_isa("sse9")
 
