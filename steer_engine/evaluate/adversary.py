@@ -7,7 +7,9 @@ the classifier answer from memory.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 
 import numpy as np
@@ -49,17 +51,23 @@ def adversarial_auroc(
     """
     points = np.concatenate(embeddings).astype(np.float32)
     is_real = np.repeat([True, False], [len(e) for e in embeddings])
-    rng = np.random.default_rng(seed)
-    values, resampled = [], []
-    for train, test in _folds(is_real, [*texts[0], *texts[1]], seed):
-        if is_real[train].all() or not is_real[train].any():
-            return None
-        if is_real[test].all() or not is_real[test].any():
-            return None
+    folds = list(_folds(is_real, [*texts[0], *texts[1]], seed))
+    if any(is_real[part].all() or not is_real[part].any() for fold in folds for part in fold):
+        return None
+
+    def judge(fold: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        train, test = fold
         classifier = CLASSIFIERS[adversary](seed)
         classifier.fit(points[train], is_real[train])
         scores = classifier.predict_proba(points[test])[:, 1]
-        wins = _wins(scores[is_real[test]], scores[~is_real[test]])
+        return _wins(scores[is_real[test]], scores[~is_real[test]])
+
+    # A core for each fold; threads within one would wait for each other at every level of a tree.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        wins_of_folds = list(pool.map(judge, folds))
+    rng = np.random.default_rng(seed)
+    values, resampled = [], []
+    for wins in wins_of_folds:
         values.append(wins.mean())
         rows, columns = (resample_weights(size, rng) for size in wins.shape)
         resampled.append(((rows @ wins) * columns).sum(axis=1))
@@ -88,7 +96,7 @@ def _wins(real_scores: np.ndarray, synthetic_scores: np.ndarray) -> np.ndarray:
 def _xgboost(seed: int):
     from xgboost import XGBClassifier
 
-    return XGBClassifier(random_state=seed % 2**32)
+    return XGBClassifier(random_state=seed % 2**32, n_jobs=1)
 
 
 def _logistic(seed: int):
