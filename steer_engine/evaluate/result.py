@@ -11,6 +11,9 @@ from pathlib import Path
 from ..errors import DataError
 from ..files import write_atomically
 
+# The name of the row that real training texts have among the sets.
+TRAINING_SET = "training set"
+
 
 class Better(StrEnum):
     """Which way a metric improves; AS_REAL: the nearer to the real texts' own value."""
@@ -34,6 +37,7 @@ class Metric:
     """A metric's definition.
 
     name: the key in estimates. title: what tables show. meaning: one sentence for people.
+    floor: where LOWER stops to be better (0.5 for an AUROC).
     """
 
     name: str
@@ -41,6 +45,7 @@ class Metric:
     group: Group
     better: Better
     meaning: str
+    floor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,27 @@ class Evaluation:
     seed: int
     embedder: str
     notes: list[str] = field(default_factory=list)
+
+    def best(self, metric: Metric) -> list[str]:
+        """Names of the sets with the best value of a metric, several if they are equal.
+
+        The training set does not take part. For AS_REAL the nearest to the real texts' value is
+        best; an AUROC under 0.5 is no better than 0.5.
+        """
+        distances = {}
+        for evaluated in self.sets:
+            estimate = evaluated.estimates.get(metric.name)
+            if estimate is not None and evaluated.name != TRAINING_SET:
+                distances[evaluated.name] = self._distance(metric, estimate.value)
+        best = min((d for d in distances.values() if d is not None), default=None)
+        return [name for name, d in distances.items() if d is not None and d == best]
+
+    def _distance(self, metric: Metric, value: float) -> float | None:
+        """How far a value is from the best one, but for a constant; None if that is unknown."""
+        if metric.better is Better.AS_REAL:
+            real = self.real.estimates.get(metric.name)
+            return None if real is None else abs(value - real.value)
+        return -value if metric.better is Better.HIGHER else max(value, metric.floor)
 
     def write(self, path: str | Path) -> None:
         """As JSON, atomically."""
