@@ -1,4 +1,4 @@
-"""The command line: `steer-engine generate | demo | info`, also `python -m steer_engine`.
+"""The command line: `steer-engine generate | report | demo | info`, also `python -m steer_engine`.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors are one line.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -201,6 +202,41 @@ def demo(
     _print_comparison(engine, dataset, request)
     _print_summary(dataset, output)
     out.print(f"demo: {time.monotonic() - started_at:.1f} s in all")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, the main one first.")
+    ],
+    real: Annotated[
+        Path | None, typer.Option(help="Real texts to compare with, held out from training.")
+    ] = None,
+    train: Annotated[Path | None, typer.Option(help="The texts that the model saw.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory of the base checkpoint, to count n-grams with.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="[default: evaluation.json in the first run directory, if it fits]"),
+    ] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="A sweep's directory, for its figures.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="[default: the prompt]")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="[default: report.html in the first run directory]")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Write one self-contained HTML page about runs: metrics, figures, examples."""
+    from .report.inputs import ReportInputs
+
+    _set_up_logging(False)
+    output = output or runs[0] / "report.html"
+    inputs = ReportInputs(runs, real, train, tokenizer, evaluation, sweep)
+    inputs.write(output, title=title, command=shlex.join(["steer-engine", *sys.argv[1:]]))
+    out.print(f"report: {output}", markup=False, soft_wrap=True)
 
 
 def _new_directory(parent: Path, name: str) -> Path:

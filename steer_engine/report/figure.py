@@ -128,7 +128,8 @@ def _fit_into_page(svg: str, name: str, description: str) -> str:
     role = "group" if f' id="{cell_id(name, 0)}"' in svg else "img"
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{opening[2]}" width="{width_px}" role="{role}" '
+        f'viewBox="{opening[2]}" width="{width_px}" style="min-width: {width_px * 5 // 8}px" '
+        f'role="{role}" '
         f"aria-label={quoteattr(description)}>{svg[opening.end() :]}"
     )
     return re.sub(r"\s*\n\s*", " ", svg).strip()
@@ -137,6 +138,7 @@ def _fit_into_page(svg: str, name: str, description: str) -> str:
 def _fit_tag(tag: str, name: str, referred: set[str]) -> str:
     """House colours as variables, the page's font, and ids of this figure's own."""
     tag = re.sub(r" font-family: [^;\"]*;?", "", tag)
+    tag = re.sub(r"(\.\d\d)\d+", r"\1", tag)  # a hundredth of a point cannot be seen
     tag = re.sub(r" transform=\"rotate\(-0 [^)]*\)\"", "", tag)
     for colour, variable in _VARIABLES.items():
         tag = tag.replace(colour, f"var(--{variable}, {colour})")
