@@ -25,6 +25,7 @@ from rich.text import Text
 
 from . import embedded, ops
 from .dataset import SyntheticDataset
+from .embedded.demo_report import write_demo_report
 from .engine import Engine
 from .errors import SteerError
 from .machine import available_bytes, has_fast_bf16, max_cache_bytes
@@ -183,7 +184,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Write a data set with the embedded tiny Falcon pair, end to end."""
+    """Write a data set with the embedded tiny Falcon pair, and its report."""
     _set_up_logging(False)
     output = output or _new_directory(Path("runs"), "demo")
     started_at = time.monotonic()
@@ -201,7 +202,10 @@ def demo(
     out.print()
     _print_comparison(engine, dataset, request)
     _print_summary(dataset, output)
+    err.print("report: two baselines of the same size, and metrics")
+    report_path = write_demo_report(engine, request)
     out.print(f"demo: {time.monotonic() - started_at:.1f} s in all")
+    out.print(f"report: {report_path}", markup=False, soft_wrap=True)
 
 
 @app.command()

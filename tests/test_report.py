@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -14,9 +16,10 @@ from browser import Browser, find_chromium
 from report_data import METRICS, PROMPT, make_evaluation, real_texts, write_run
 from test_cli import call, one_line
 
-from steer_engine import Guidance
+from steer_engine import Guidance, embedded
 from steer_engine.dataset import Example
-from steer_engine.errors import RunError
+from steer_engine.embedded.demo_report import write_demo_report
+from steer_engine.errors import DataError, RunError
 from steer_engine.evaluate import Better, Estimate, Evaluation, Group, Metric, SetEvaluation
 from steer_engine.report import Cell, Figure, cell_id, house_style, to_svg, write_report
 from steer_engine.report.runs import TRAINING_SET, load_runs, misfit
@@ -281,6 +284,7 @@ def test_summary_is_made_from_the_numbers(setting):
     [
         (0.0, "0"), (1e-9, "0"), (0.00123, "0.0012"), (0.5, "0.500"), (1.234, "1.23"),
         (-12.34, "-12.3"), (1234.5, "1,234"), (float("nan"), "n/a"), (100.0, "100"),
+        (9.0, "9"), (1.0, "1.00"),
     ],
 )  # fmt: skip
 def test_numbers_are_shown_with_three_digits(value, shown):
@@ -426,6 +430,54 @@ def test_empty_texts_and_empty_runs_can_be_reported(tmp_path):
     (run / "examples.jsonl").write_text(failed.to_json() + "\n")
     write_report(tmp_path / "failed.html", runs=[run])
     assert PageReader(tmp_path / "failed.html").payloads["payload"]["examples"] == []
+
+
+def test_demo_report_shows_the_baselines_and_says_what_is_missing(tmp_path, monkeypatch):
+    def too_small(*_, **__):
+        raise DataError("runs/demo: holds 3 texts; an evaluation needs at least 20")
+
+    monkeypatch.setattr("steer_engine.evaluate.evaluate", too_small, raising=False)
+    request = embedded.demo_request() | {
+        "num_examples": 3, "output": str(tmp_path / "demo"), "seed": 0, "progress": False,
+    }  # fmt: skip
+    engine = embedded.load_pair()
+    engine.generate_dataset(**request)
+    path = write_demo_report(engine, request)
+    assert path == tmp_path / "demo" / "report.html"
+    reader = PageReader(path)
+    payload = reader.payloads["payload"]
+    assert payload["sets"] == ["demo", "nucleus", "base-model"]
+    assert [e["index"] for e in payload["examples"]] == [0, 1, 2] * 3
+    negatives = [n for e in payload["examples"] for n in e["negatives"]]
+    assert len(negatives) == 15 and all(number >= 0 for _, number in negatives)
+    assert "No metrics: runs/demo: holds 3 texts" in reader.text
+    assert "fine-tuned on the real texts" in reader.text
+
+
+def test_command_evaluates_where_no_evaluation_fits(capsys, setting, tmp_path, monkeypatch):
+    asked = []
+
+    def evaluate(sets, real, *, train, tokenizer, progress):
+        asked.append((sets, real, train, tokenizer))
+        return setting.evaluation
+
+    command = ModuleType("steer_engine.evaluate.command")
+    command.choose_tokenizer = lambda given, _: (given, ["A note about tokens."])
+    monkeypatch.setitem(sys.modules, command.__name__, command)
+    monkeypatch.setattr("steer_engine.evaluate.evaluate", evaluate, raising=False)
+    real = tmp_path / "real.txt"
+    real.write_text("\n".join(setting.real), encoding="utf-8")
+    arguments = [*setting.runs, "--real", real, "--tokenizer", tmp_path]
+    try:
+        for name in ("one.html", "two.html"):
+            status, _, _ = call(capsys, "report", *arguments, "--output", tmp_path / name)
+            assert status == 0
+    finally:
+        (setting.runs[0] / "evaluation.json").unlink()
+    # The second report found what the first one had written.
+    by_name = {run.name: str(run) for run in setting.runs}
+    assert asked == [(by_name, real, None, tmp_path)]
+    assert "A note about tokens." in PageReader(tmp_path / "two.html").text
 
 
 @pytest.fixture(scope="module")

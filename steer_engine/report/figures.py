@@ -20,13 +20,15 @@ NUM_SHOWN_PER_CELL = 8
 MAX_LABEL_LEN = 22
 MAX_TITLE_LEN = 28  # of one line over half a figure
 MAX_POINTS = 1000
+MAX_PANELS = 6  # so that figures are of about one height
 
 
 def evaluation_figures(evaluation: Evaluation) -> list[Figure]:
     """All figures that the evaluation has data for, in the report's order."""
     figures = [
-        interval_figure(evaluation, group, [row.metric for row in rows])
+        interval_figure(evaluation, group, first, [row.metric for row in rows[first:][:MAX_PANELS]])
         for group, rows in metric_rows(evaluation).items()
+        for first in range(0, len(rows), MAX_PANELS)
     ]
     if any(one_set.points for one_set in evaluation.sets):
         figures.append(map_figure(evaluation))
@@ -42,12 +44,17 @@ def set_colour(number: int, name: str) -> str:
     return MUTED if name == TRAINING_SET else SERIES[number % len(SERIES)]
 
 
-def interval_figure(evaluation: Evaluation, group: str, metrics: Sequence[Metric]) -> Figure:
-    """Dots and whiskers: one panel for each metric, one line for each set."""
+def interval_figure(
+    evaluation: Evaluation, group: str, first: int, metrics: Sequence[Metric]
+) -> Figure:
+    """Dots and whiskers: one panel for each metric, one line for each set.
+
+    first: the place of the first metric in its group.
+    """
     from matplotlib.figure import Figure as Drawing
 
     num_rows = math.ceil(len(metrics) / 2)
-    titles = [_wrapped(f"{m.title} {DIRECTIONS[m.better][0]}") for m in metrics]
+    titles = [_wrapped(f"{m.title}\u00a0{DIRECTIONS[m.better][0]}") for m in metrics]
     num_lines = sum(
         1 + max(title.count("\n") for title in titles[first : first + 2])
         for first in range(0, len(titles), 2)
@@ -66,9 +73,10 @@ def interval_figure(evaluation: Evaluation, group: str, metrics: Sequence[Metric
                 range(len(evaluation.sets)), [_shortened(s.name) for s in evaluation.sets]
             )
         panels[0].set_ylim(len(evaluation.sets) - 0.4, -0.6)
-        name = "intervals-" + "-".join(group.split())
+        name = f"intervals-{'-'.join(group.split())}-{first}"
         svg = to_svg(drawing, name, f"{group}: every metric's value and interval for each set")
-    return Figure(name, group[:1].upper() + group[1:], "", svg)
+    title = group[:1].upper() + group[1:]
+    return Figure(name, f"{title}, continued" if first else title, "", svg)
 
 
 def _draw_intervals(panel, metric: Metric, evaluation: Evaluation) -> None:
@@ -88,6 +96,9 @@ def _draw_intervals(panel, metric: Metric, evaluation: Evaluation) -> None:
     panel.spines["left"].set_visible(False)
     panel.locator_params(axis="x", nbins=4)
     panel.margins(x=0.08)
+    low, high = panel.dataLim.intervalx
+    if high - low < 1e-9:  # nothing but rounding
+        panel.set_xlim(low - 0.1, high + 0.1)
 
 
 def map_figure(evaluation: Evaluation) -> Figure:
@@ -249,7 +260,7 @@ def _words_between(low: int, high: int) -> str:
 
 
 def _wrapped(title: str) -> str:
-    return textwrap.fill(title, MAX_TITLE_LEN)
+    return textwrap.fill(title, MAX_TITLE_LEN, break_on_hyphens=False)
 
 
 def _shortened(name: str) -> str:

@@ -96,6 +96,7 @@ def _context(
             for n, source in enumerate(sources)
         ],
         "evaluation": evaluation,
+        "real_name": Path(evaluation.real.source).name if evaluation else "",
         "rows": rows,
         "intervals": [f for f in figures if f.name.startswith("intervals-")],
         "shapes": [f for f in figures if not f.name.startswith("intervals-")],

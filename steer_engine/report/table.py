@@ -42,13 +42,15 @@ class Row:
 
 
 def format_number(value: float, like: float | None = None) -> str:
-    """About three digits, never in scientific notation: 1,234  12.3  1.23  0.123  0.0012.
+    """About three digits, never in scientific notation: 1,234  12.3  1.23  0.123  0.0012  9.
 
     like: the value whose decimals it takes, as the bounds of an interval do; None: its own.
     """
     if not math.isfinite(value):
         return "n/a"
     size = abs(value if like is None else like)
+    if like is None and size >= 2 and value.is_integer():
+        return f"{value:,.0f}"  # a count
     digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
     digits = 4 if 0 < size < 0.01 else digits
     text = f"{value:,.{digits}f}"
