@@ -97,8 +97,8 @@ class Browser:
         return result["result"].get("value")
 
     def press(self, key: str) -> None:
-        """Press and release a named key (Enter, Escape, Tab)."""
-        codes = {"Enter": 13, "Escape": 27, "Tab": 9}
+        """Press and release a named key (Enter, Escape, ArrowRight)."""
+        codes = {"Enter": 13, "Escape": 27, "ArrowRight": 39}
         text = {"text": "\r"} if key == "Enter" else {}
         common = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
         self.send("Input.dispatchKeyEvent", type="keyDown", **common, **text)

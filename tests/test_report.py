@@ -583,6 +583,11 @@ def test_a_cell_opens_its_samples_by_mouse_and_by_keyboard(browser, page):
     assert browser.run(is_open)
     assert browser.run(f"{samples}.textContent") == "a plain sample"
     assert browser.run("document.querySelector('#samples-title').textContent") == "gamma 0"
+    browser.press("Escape")
+    browser.press("ArrowRight")
+    assert browser.run("document.activeElement.id") == "cell-grid-1"
+    browser.press("Enter")
+    assert browser.run("document.querySelector('#samples-title').textContent") == "gamma 0.2"
     assert browser.errors == []
 
 

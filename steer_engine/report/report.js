@@ -123,25 +123,33 @@
     dialog.showModal();
   }
 
+  // A figure is one stop for the Tab key; arrow keys go from cell to cell inside it.
   function connectCells() {
     for (const [name, cells] of Object.entries(read("cells"))) {
-      cells.forEach((cell, number) => {
-        const target = byId(`cell-${name}-${number}`);
-        if (!target) return;
-        target.setAttribute("role", "button");
-        target.setAttribute("tabindex", "0");
-        target.setAttribute("aria-label", cell.label);
-        target.addEventListener("click", () => openSamples(cell));
-        target.addEventListener("keydown", (event) => {
-          if (event.key !== "Enter" && event.key !== " ") return;
-          event.preventDefault();
-          openSamples(cell);
-        });
-        const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
-        title.textContent = cell.label;
-        target.prepend(title);
-      });
+      const targets = cells.map((_, number) => byId(`cell-${name}-${number}`));
+      targets.forEach((target, number) => connectCell(target, cells[number], targets, number));
     }
+  }
+
+  function connectCell(target, cell, targets, number) {
+    target.setAttribute("role", "button");
+    target.setAttribute("tabindex", number ? "-1" : "0");
+    target.setAttribute("aria-label", cell.label);
+    const title = document.createElementNS("http://www.w3.org/2000/svg", "title");
+    title.textContent = cell.label;
+    target.prepend(title);
+    target.addEventListener("click", () => openSamples(cell));
+    target.addEventListener("keydown", (event) => {
+      const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
+      const next = targets[number + steps[event.key]];
+      if (event.key === "Enter" || event.key === " ") openSamples(cell);
+      else if (next) {
+        target.setAttribute("tabindex", "-1");
+        next.setAttribute("tabindex", "0");
+        next.focus();
+      } else return;
+      event.preventDefault();
+    });
   }
 
   let waiting = 0;
