@@ -143,7 +143,7 @@ def test_page_of_a_thousand_examples_a_set_and_eight_figures_stays_below_3_mb(tm
 
 
 def test_long_texts_are_left_out_evenly_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("steer_engine.report.examples.MAX_TEXT_BYTES", 2000)
+    monkeypatch.setattr("steer_engine.report.examples.MAX_BYTES", 6000)
     setting = make_setting(tmp_path, 60)
     write_report(tmp_path / "report.html", runs=setting.runs, real=[setting.real])
     payload = PageReader(tmp_path / "report.html").payloads["payload"]
@@ -225,18 +225,35 @@ def test_report_without_runs_shows_the_evaluated_sets(setting, tmp_path):
     ]
 
 
+def test_sets_without_a_source_are_all_shown(setting, tmp_path):
+    sets = [replace(one_set, source="") for one_set in setting.evaluation.sets]
+    write_report(tmp_path / "report.html", replace(setting.evaluation, sets=sets))
+    payload = PageReader(tmp_path / "report.html").payloads["payload"]
+    assert payload["sets"] == ["steer", "nucleus", "base-model"]
+
+
+def test_page_of_many_short_texts_in_another_script_stays_below_3_mb(tmp_path):
+    texts = [f"Как звёзды {n} теряют газ?" for n in range(20_000)]
+    run = write_run(tmp_path / "run", texts, real=texts[:50], guidance=Guidance.none())
+    path = tmp_path / "report.html"
+    write_report(path, runs=[run], real=[texts[:50]])
+    assert 1_400_000 < path.stat().st_size < 1_700_000
+    payload = PageReader(path).payloads["payload"]
+    assert payload["texts"][0] == texts[0] and payload["num_left_out"] > 1000
+
+
 def test_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="needs a run directory or an evaluation"):
         write_report(tmp_path / "report.html")
 
 
-def test_a_run_named_with_markup_and_dollars_is_shown_as_it_is(setting, tmp_path):
-    run = write_run(
-        tmp_path / "<b>$a_b$", setting.texts[0], real=setting.real, guidance=Guidance.none()
-    )
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["<b>$a_b$", "研究 & вопросы"])
+def test_a_run_of_any_name_is_shown_as_it_is(setting, tmp_path, name):
+    run = write_run(tmp_path / name, setting.texts[0], real=setting.real, guidance=Guidance.none())
     write_report(tmp_path / "report.html", runs=[run])
     reader = PageReader(tmp_path / "report.html")
-    assert reader.text.count("<b>$a_b$") >= 3
+    assert reader.text.count(name) >= 3
     assert not any(tag == "b" for tag, _ in reader.tags)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
@@ -9,7 +10,7 @@ from ..evaluate import NearestReal, SetEvaluation
 from .runs import Source
 
 # The page stays below 3 MB with its figures; what does not fit is left out evenly, and it says so.
-MAX_TEXT_BYTES = 1_500_000
+MAX_BYTES = 1_500_000
 MISSING = -1
 
 
@@ -27,7 +28,7 @@ class _Texts:
         if text not in self._numbers:
             self._numbers[text] = len(self.texts)
             self.texts.append(text)
-            self.num_bytes += len(text.encode(errors="replace"))
+            self.num_bytes += _num_bytes(text)
         return self._numbers[text]
 
 
@@ -46,11 +47,12 @@ def example_payload(sources: Sequence[Source], reals: Sequence[Sequence[str]]) -
     lists = [list(_examples(source, number, reals)) for number, source in enumerate(sources)]
     # Turn by turn, so that a cut meets all sets alike; then set by set, as a reader expects.
     in_turn = [e for group in zip_longest(*lists) for e in group if e is not None]
-    kept = []
+    kept, num_bytes = [], 0
     for example in in_turn:
-        if texts.num_bytes >= MAX_TEXT_BYTES:
+        if num_bytes + texts.num_bytes >= MAX_BYTES:
             break
         kept.append(_interned(example, texts))
+        num_bytes += _num_bytes(kept[-1])
     kept.sort(key=lambda example: (example["set"], example["index"]))
     return {
         "texts": texts.texts,
@@ -87,6 +89,11 @@ def _nearest(evaluated: SetEvaluation | None) -> dict[int, NearestReal]:
     if evaluated is None or not evaluated.nearest_real:
         return {}
     return dict(zip(evaluated.indices, evaluated.nearest_real, strict=True))
+
+
+def _num_bytes(value: object) -> int:
+    """How much of the page it takes, but for a few bytes of separators."""
+    return len(json.dumps(value, ensure_ascii=False).encode())
 
 
 def _interned(example: dict, texts: _Texts) -> dict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,7 +110,9 @@ def to_svg(drawing: Drawing, name: str, description: str) -> str:
     buffer = io.StringIO()
     # Without a date, and with ids that hang on the name instead of on chance.
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context(_RC | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(_RC | {"svg.hashsalt": name}), warnings.catch_warnings():
+        # Its own font measures the text; the page's font, which writes it, has more glyphs.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         drawing.savefig(buffer, format="svg", metadata=metadata)
     return _fit_into_page(buffer.getvalue(), name, description)
 

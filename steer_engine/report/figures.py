@@ -16,7 +16,7 @@ from .table import DIRECTIONS, metric_rows
 
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p")
 NUM_BINS = 24
-NUM_SHOWN_PER_CELL = 8
+NUM_SHOWN_PER_CELL = 6
 MAX_LABEL_LEN = 22
 MAX_TITLE_LEN = 28  # of one line over half a figure
 MAX_POINTS = 1000
@@ -56,8 +56,8 @@ def interval_figure(
     num_rows = math.ceil(len(metrics) / 2)
     titles = [_wrapped(f"{m.title}\u00a0{DIRECTIONS[m.better][0]}") for m in metrics]
     num_lines = sum(
-        1 + max(title.count("\n") for title in titles[first : first + 2])
-        for first in range(0, len(titles), 2)
+        1 + max(title.count("\n") for title in titles[left : left + 2])
+        for left in range(0, len(titles), 2)
     )
     height = num_rows * (0.48 + 0.2 * len(evaluation.sets)) + 0.16 * num_lines
     with house_style():

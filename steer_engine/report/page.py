@@ -20,7 +20,7 @@ from .table import metric_rows
 
 HERE = Path(__file__).parent
 PACKAGES = (
-    "steer-engine", "torch", "numpy", "scikit-learn", "umap-learn", "xgboost-cpu",
+    "steer-engine", "torch", "numpy", "scikit-learn", "umap-learn", "xgboost-cpu", "xgboost",
     "sentence-transformers", "matplotlib",
 )  # fmt: skip
 
@@ -171,4 +171,6 @@ def _template():
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # Text in scripts other than Latin would take twice the bytes as \uXXXX.
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
     return environment.get_template("template.html.j2")

@@ -86,13 +86,20 @@ def align(runs: Sequence[Run], evaluation: Evaluation | None) -> list[Source]:
 
     A set's place in this list is its number, and so its colour, everywhere in the report.
     """
-    rest = {Path(s.source).resolve(): s for s in evaluation.sets} if evaluation else {}
+    rest = list(evaluation.sets) if evaluation else []
     sources = []
     for run in runs:
-        evaluated = rest.pop(run.path.resolve(), None)
+        evaluated = _set_of(run, rest)
         name = evaluated.name if evaluated else run.name
         sources.append(Source(name, replace(run, name=name), evaluated))
-    return sources + [Source(s.name, None, s) for s in rest.values()]
+        rest = [one_set for one_set in rest if one_set is not evaluated]
+    return sources + [Source(one_set.name, None, one_set) for one_set in rest]
+
+
+def _set_of(run: Run, sets: Sequence[SetEvaluation]) -> SetEvaluation | None:
+    path = run.path.resolve()
+    # A set without a source came from a list of texts.
+    return next((s for s in sets if s.source and Path(s.source).resolve() == path), None)
 
 
 def misfit(evaluation: Evaluation, runs: Sequence[Run], real: Sequence[str]) -> str | None:
@@ -100,9 +107,8 @@ def misfit(evaluation: Evaluation, runs: Sequence[Run], real: Sequence[str]) -> 
 
     real: empty if any will do.
     """
-    by_source = {Path(s.source).resolve(): s for s in evaluation.sets}
     for run in runs:
-        evaluated = by_source.get(run.path.resolve())
+        evaluated = _set_of(run, evaluation.sets)
         if evaluated is None:
             return f"it does not hold {run.path}"
         texts = {example.index: example.text for example in run.examples}

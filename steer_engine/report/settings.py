@@ -77,7 +77,7 @@ def python_call(run: Run) -> str:
         f"    prompt={_prompt(run)!r},",
         f"    num_examples={settings.get('num_examples')},",
         *(['    real="REAL",'] if settings.get("real", {}).get("num_examples") else []),
-        *(f"    {name}={_constructor(name, settings[name])}," for name in ARGUMENT_TYPES),
+        *(f"    {name}={_constructor(name, settings.get(name, {}))}," for name in ARGUMENT_TYPES),
         *_rare_arguments(settings),
         f"    seed={settings.get('seed')},",
         f'    output="{run.path.name}",',

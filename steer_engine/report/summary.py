@@ -42,13 +42,12 @@ def _what_was_generated(run: Run) -> str:
 
 def _what_it_is_compared_with(evaluation: Evaluation) -> str:
     others = [s.name for s in evaluation.sets[1:] if s.name != TRAINING_SET]
-    beside = f"Beside it {_stand(len(others))} {_list(others)}; all" if others else "It is"
-    verb = " are" if others else ""
-    return (
-        f"{beside}{verb} compared with the same "
-        f"{_count(evaluation.real.num_texts, 'real text')}, "
-        f"{_count(evaluation.sample_size, 'text')} of each."
-    )
+    real = _count(evaluation.real.num_texts, "real text")
+    if others:
+        start = f"Beside it {_stand(len(others))} {_list(others)}; all are compared with the same"
+    else:
+        start = "It is compared with"
+    return f"{start} {real}, at {_count(evaluation.sample_size, 'text')} of each."
 
 
 def _how_it_fares(evaluation: Evaluation, rows: dict[str, list[Row]]) -> str:
