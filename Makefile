@@ -1,4 +1,4 @@
-# make demo   environment, install, and a data set from the embedded pair
+# make demo   environment, install, a data set from the embedded pair, and its report
 # make test   environment with the development packages, lint, and all tests
 # make bench  microbenchmarks of the ops
 # make clean  remove the environment and what was built
@@ -29,7 +29,7 @@ bench: $(VENV)/.installed-dev
 $(VENV)/.installed: $(INPUTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt $(BUILD_PACKAGES)
-	$(PIP) install -c constraints.txt --no-build-isolation -e .
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[eval]"
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

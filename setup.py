@@ -115,7 +115,10 @@ setup(
         "steer_engine.kernels": "kernels",
         "steer_engine.kernels.reference": "kernels/reference",
     },
-    package_data={"steer_engine.embedded": ["*", "base/*", "domain/*"]},
+    package_data={
+        "steer_engine.embedded": ["*", "base/*", "domain/*"],
+        "steer_engine.report": ["template.html.j2", "report.css", "report.js"],
+    },
     # optional: an editable install accepts that the file is not there.
     ext_modules=[]
     if CSRC_MODE == "OFF"

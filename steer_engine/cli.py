@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ from rich.text import Text
 
 from . import embedded, ops
 from .dataset import SyntheticDataset, read_texts
+from .embedded.demo_report import write_demo_report
 from .engine import Engine
 from .errors import SteerError
 from .evaluate import Estimate
@@ -329,7 +331,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Write a data set with the embedded tiny Falcon pair, end to end."""
+    """Write a data set with the embedded tiny Falcon pair, and its report."""
     _set_up_logging(False)
     output = output or _new_directory(Path("runs"), "demo")
     started_at = time.monotonic()
@@ -347,7 +349,45 @@ def demo(
     out.print()
     _print_comparison(engine, dataset, request)
     _print_summary(dataset, output)
+    err.print("report: two baselines of the same size, and metrics")
+    report_path = write_demo_report(engine, request)
     out.print(f"demo: {time.monotonic() - started_at:.1f} s in all")
+    out.print(f"report: {report_path}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories, the main one first.")
+    ],
+    real: Annotated[
+        Path | None, typer.Option(help="Real texts to compare with, held out from training.")
+    ] = None,
+    train: Annotated[Path | None, typer.Option(help="The texts that the model saw.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory of the base checkpoint, to count n-grams with.")
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="[default: evaluation.json in the first run directory, if it fits]"),
+    ] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="A sweep's directory, for its figures.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="[default: the prompt]")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="[default: report.html in the first run directory]")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Write one self-contained HTML page about runs: metrics, figures, examples."""
+    from .report.inputs import ReportInputs
+
+    _set_up_logging(False)
+    output = output or runs[0] / "report.html"
+    inputs = ReportInputs(runs, real, train, tokenizer, evaluation, sweep)
+    inputs.write(output, title=title, command=shlex.join(["steer-engine", *sys.argv[1:]]))
+    out.print(f"report: {output}", markup=False, soft_wrap=True)
 
 
 def _new_directory(parent: Path, name: str) -> Path:

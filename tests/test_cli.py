@@ -338,6 +338,8 @@ def test_demo_writes_questions_with_the_embedded_pair(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "base model alone" in done.stdout and "STEER" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
+    assert (tmp_path / "run" / "report.html").is_file()
     dataset = SyntheticDataset.load(tmp_path / "run")
     assert len(dataset) == 8
     assert all(e.prompt == embedded.PROMPT and e.text for e in dataset)

@@ -1,5 +1,6 @@
-"""Reports: a run, its evaluation and its figures as one self-contained HTML page."""
+"""Reports: runs, their evaluation and figures as one self-contained HTML page (extra `report`)."""
 
 from .figure import Cell, Figure, cell_id, house_style, to_svg
+from .page import write_report
 
-__all__ = ["Cell", "Figure", "cell_id", "house_style", "to_svg"]
+__all__ = ["Cell", "Figure", "cell_id", "house_style", "to_svg", "write_report"]

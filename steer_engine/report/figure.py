@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -109,7 +110,9 @@ def to_svg(drawing: Drawing, name: str, description: str) -> str:
     buffer = io.StringIO()
     # Without a date, and with ids that hang on the name instead of on chance.
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context(_RC | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(_RC | {"svg.hashsalt": name}), warnings.catch_warnings():
+        # Its own font measures the text; the page's font, which writes it, has more glyphs.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         drawing.savefig(buffer, format="svg", metadata=metadata)
     return _fit_into_page(buffer.getvalue(), name, description)
 
@@ -128,7 +131,8 @@ def _fit_into_page(svg: str, name: str, description: str) -> str:
     role = "group" if f' id="{cell_id(name, 0)}"' in svg else "img"
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{opening[2]}" width="{width_px}" role="{role}" '
+        f'viewBox="{opening[2]}" width="{width_px}" style="min-width: {width_px * 5 // 8}px" '
+        f'role="{role}" '
         f"aria-label={quoteattr(description)}>{svg[opening.end() :]}"
     )
     return re.sub(r"\s*\n\s*", " ", svg).strip()
@@ -137,6 +141,7 @@ def _fit_into_page(svg: str, name: str, description: str) -> str:
 def _fit_tag(tag: str, name: str, referred: set[str]) -> str:
     """House colours as variables, the page's font, and ids of this figure's own."""
     tag = re.sub(r" font-family: [^;\"]*;?", "", tag)
+    tag = re.sub(r"(\.\d\d)\d+", r"\1", tag)  # a hundredth of a point cannot be seen
     tag = re.sub(r" transform=\"rotate\(-0 [^)]*\)\"", "", tag)
     for colour, variable in _VARIABLES.items():
         tag = tag.replace(colour, f"var(--{variable}, {colour})")
