@@ -42,10 +42,11 @@ REAL, ALIKE, DIFFERENT = make_features(0, 0), make_features(0.1, 1), make_featur
 
 @pytest.mark.parametrize("synthetic", [ALIKE, DIFFERENT], ids=["alike", "different"])
 def test_the_same_histograms_give_the_same_value_as_mauve_text(oracle, synthetic):
+    """Up to how the curve's ends, 1e-6 of the weights, are closed."""
     for seed in range(3):
         theirs = oracle(REAL, synthetic, seed)
         ours = mauve_of_histograms(theirs.p_hist, theirs.q_hist)
-        assert ours == pytest.approx(theirs.mauve, abs=1e-12)
+        assert ours == pytest.approx(theirs.mauve, abs=1e-6)
 
 
 @pytest.mark.parametrize("synthetic", [ALIKE, DIFFERENT], ids=["alike", "different"])
