@@ -170,8 +170,8 @@ class Case:
             {"side": side.label, "kind": side.kind, "seconds": []} | side.describe()
             for side in sides
         ]
-        for side in sides:
-            self._time(side, 2, seed=0)
+        for side in sides:  # at full length: compiled code is bound to the size of its cache
+            self._time(side, self.settings.new_tokens, seed=0)
         for repeat in range(self.settings.repeats):
             for side, row in zip(sides, rows, strict=True):
                 row["seconds"].append(self._time(side, self.settings.new_tokens, 100 + repeat))
