@@ -5,9 +5,10 @@
 
 Every method writes --num-examples texts per seed, all of a seed in one batch, and every set is
 compared with the same held-out real texts at the same size. Guided methods stand beside nucleus
-sampling at the temperature that their weights' sum amounts to, 1 / sum. Runs and evaluations that
-are there already are not repeated. Writes --work/study.json and a figure, and prints tables in
-Markdown.
+sampling twice: at the temperature that their weights' sum amounts to, 1 / sum, and at the
+temperature that gives the same diversity, interpolated between those that ran. Runs and evaluations
+that are there already are not repeated. Prints tables in Markdown, and writes --output.json with
+all values and --output.svg, diversity against likeness.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from conditions import describe_machine
 
 from steer_engine import Engine, Method
@@ -30,12 +32,13 @@ TOP_P = 0.9
 SHOWN = (
     "distinct_3",
     "diversity",
+    "vendi",
     "mauve",
     "auroc_xgboost",
     "coverage",
-    "vendi",
-    "nearest_train",
     "nearest_real",
+    "nearest_training",
+    "mean_copy_of_training",
 )
 
 
@@ -167,16 +170,93 @@ def print_tables(values: dict[str, dict[str, list[float]]], shown: list[str]) ->
         },
         shown,
     )
+    guided = {name: entry for name, entry in study_methods().items() if entry.matched is not None}
     print("\nGuided less nucleus sampling at the same sum of weights, seed by seed:")
-    differences = {}
-    for name, entry in study_methods().items():
-        if entry.matched is not None:
-            own, other = values[name], values[entry.matched]
-            differences[f"{name} - {entry.matched}"] = [
-                str(Spread.of([a - b for a, b in zip(own[metric], other[metric], strict=True)]))
-                for metric in shown
-            ]
-    print_table(differences, shown)
+    print_table(
+        {
+            f"{name} - {entry.matched}": differences(values[name], values[entry.matched], shown)
+            for name, entry in guided.items()
+        },
+        shown,
+    )
+    print("\nGuided less nucleus sampling at the same diversity, seed by seed:")
+    print_table(
+        {
+            name: differences(values[name], at_diversity(values, values[name]["diversity"]), shown)
+            for name in guided
+        },
+        shown,
+    )
+
+
+def differences(own: dict, other: dict, shown: list[str]) -> list[str]:
+    return [
+        str(Spread.of([a - b for a, b in zip(own[metric], other[metric], strict=True)]))
+        for metric in shown
+    ]
+
+
+def nucleus_curve(values: dict) -> list[str]:
+    """The nucleus sets from the coldest to the hottest."""
+    names = [name for name, entry in study_methods().items() if entry.method.name == "nucleus"]
+    return sorted(names, key=lambda name: study_methods()[name].method.temperature)
+
+
+def at_diversity(values: dict, wanted: list[float]) -> dict[str, list[float]]:
+    """Nucleus sampling's metrics at a diversity, seed by seed, linear between temperatures."""
+    curve = nucleus_curve(values)
+    found = {}
+    for metric in values[curve[0]]:
+        found[metric] = [
+            float(
+                np.interp(
+                    diversity,
+                    [values[name]["diversity"][seed] for name in curve],
+                    [values[name][metric][seed] for name in curve],
+                )
+            )
+            for seed, diversity in enumerate(wanted)
+        ]
+    return found
+
+
+def draw(values: dict, path: Path) -> None:
+    """Diversity against MAUVE, means over seeds with their least and most; right: the best part."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "study"
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    curve = nucleus_curve(values)
+    guided = {name for name, entry in study_methods().items() if entry.matched is not None}
+    xs, ys = ([statistics.fmean(values[n][m]) for n in curve] for m in ("diversity", "mauve"))
+    for axes in panels:
+        axes.plot(xs, ys, color="0.75", zorder=1)
+        for number, (name, own) in enumerate(values.items(), start=1):
+            x, y = Spread.of(own["diversity"]), Spread.of(own["mauve"])
+            is_guided = name in guided
+            axes.errorbar(
+                x.mean,
+                y.mean,
+                xerr=[[x.mean - x.low], [x.high - x.mean]],
+                yerr=[[y.mean - y.low], [y.high - y.mean]],
+                fmt="o" if name in curve else "s",
+                color="0.5" if name in curve else "C0" if is_guided else "C1",
+                markersize=4,
+                linewidth=1,
+                label=f"{number}  {name}",
+            )
+            axes.annotate(
+                str(number), (x.mean, y.mean), (4, 3), textcoords="offset points", fontsize=8,
+                annotation_clip=True,
+            )  # fmt: skip
+        axes.set_xlabel("diversity (higher is better)")
+    panels[0].set_ylabel("MAUVE against held-out texts (higher is better)")
+    panels[1].set(xlim=(min(xs[1:]) - 0.2, 1.0), ylim=(max(ys) - 0.25, max(ys) + 0.05))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def print_table(rows: dict[str, list[str]], columns: list[str]) -> None:
@@ -194,7 +274,8 @@ def main() -> None:
     parser.add_argument("--domain", type=Path, required=True)
     parser.add_argument("--real", type=Path, required=True, help="held-out real texts")
     parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="where runs are kept")
+    parser.add_argument("--output", type=Path, required=True, help="without an ending")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num-examples", type=int, default=300)
     parser.add_argument("--sample-size", type=int)
@@ -211,9 +292,11 @@ def main() -> None:
     values = collect(evaluations, recipe.accept)
     shown = [name for name in (*SHOWN, "well_formed") if name in next(iter(values.values()))]
     print_tables(values, shown)
-    result = {"bench": "study", "machine": describe_machine(), "values": values}
-    result |= {"settings": {k: str(v) for k, v in vars(settings).items() if k != "work"}}
-    (settings.work / "study.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {"bench": "study", "machine": describe_machine(), "recipe": recipe.name}
+    result |= {"seeds": settings.seeds, "num_examples": settings.num_examples}
+    result |= {"sample_size": evaluations[0].sample_size, "values": values}
+    settings.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(values, settings.output.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
