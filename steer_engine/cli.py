@@ -55,8 +55,9 @@ from .options import (
 from .recipes import RECIPES, find_recipe
 from .recipes import prepare as prepare_examples
 from .run_directory import check_output
-from .sweep import AXES, SweepCell, check_grid, grid, read_cells, run_sweep
-from .sweep_results import Comparison, compare_cells, evaluate_sweep
+from .sweep import AXES, SweepCell, check_grid, grid, run_sweep
+from .sweep_command import check_evaluation
+from .sweep_results import Comparison, evaluate_sweep, read_comparison
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 NUM_SHOWN = 8
@@ -241,10 +242,10 @@ def sweep(
     _set_up_logging(verbose)
     values = _complete(given, config, SWEEP_OPTIONS)
     required(values, "base", "num_examples", "output")
-    if values["evaluate"] and values["real"] is None and values["held_out"] is None:
-        raise UsageError("give --real or --held-out to compare the cells with, or --no-evaluate")
     output = Path(values["output"])
     requests = _build_requests(values)
+    if values["evaluate"]:
+        check_evaluation(values)
     err.print(f"sweep: {len(requests)} cells of {values['num_examples']} examples")
     check_output(output, values["resume"])
     check_grid(output, list(requests), values["resume"])
@@ -252,9 +253,9 @@ def sweep(
     with _saying_how_to_resume(output, "cells/*/examples.jsonl"):
         settings = {name: values[name] for name in ("seed", "resume", "progress")}
         run_sweep(engine, requests, output, **settings)
+        out.print(f"data sets: {output / 'cells'}", markup=False, soft_wrap=True)
         if values["evaluate"]:
             _compare(engine, output, values)
-    out.print(f"data sets: {output / 'cells'}", markup=False, soft_wrap=True)
 
 
 def _build_requests(values: dict[str, Any]) -> dict[SweepCell, dict[str, Any]]:
@@ -273,28 +274,27 @@ def _build_requests(values: dict[str, Any]) -> dict[SweepCell, dict[str, Any]]:
 
 
 def _compare(engine: Engine, output: Path, values: dict[str, Any]) -> None:
-    """Evaluate the cells, draw the figures and print the table."""
+    """Evaluate the cells, print the table, write the figures and the report."""
+    from .report.inputs import ReportInputs
     from .report.sweep_figures import sweep_figures, write_figures
 
-    evaluation = evaluate_sweep(
+    evaluate_sweep(
         output,
         values["held_out"] or values["real"],
         train=values["real"] if values["held_out"] else None,
         tokenizer=engine.tokenizer,
-        seed=values["seed"],
-        sample_size=values["sample_size"],
-        embedder=values["embedder"],
-        progress=values["progress"],
+        **{
+            name: values[name]
+            for name in ("diversity", "likeness", "seed", "sample_size", "embedder", "progress")
+        },
     )
-    comparison = compare_cells(
-        read_cells(output),
-        evaluation,
-        diversity=values["diversity"],
-        likeness=values["likeness"],
-    )
+    comparison = read_comparison(output)
     write_figures(sweep_figures(comparison), output / "figures")
     _print_cells(comparison)
     out.print(f"figures: {output / 'figures'}", markup=False, soft_wrap=True)
+    real, held_out = (values[n] and Path(values[n]) for n in ("real", "held_out"))
+    path = ReportInputs([], held_out, real, sweep=output).write(command=_command_line())
+    out.print(f"report: {path}", markup=False, soft_wrap=True)
 
 
 def _print_cells(comparison: Comparison) -> None:
@@ -358,8 +358,12 @@ def demo(
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run directories, the main one first.")
-    ],
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN...]",
+            help="Run directories, the main one first; none for a report about a sweep.",
+        ),
+    ] = None,
     real: Annotated[
         Path | None, typer.Option(help="Real texts to compare with, held out from training.")
     ] = None,
@@ -372,11 +376,11 @@ def report(
         typer.Option(help="[default: evaluation.json in the first run directory, if it fits]"),
     ] = None,
     sweep: Annotated[
-        Path | None, typer.Option(help="A sweep's directory, for its figures.")
+        Path | None, typer.Option(help="A sweep's directory, for its best cells and figures.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="[default: the prompt]")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="[default: report.html in the first run directory]")
+        Path | None, typer.Option(help="[default: report.html in the first directory]")
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -384,10 +388,14 @@ def report(
     from .report.inputs import ReportInputs
 
     _set_up_logging(False)
-    output = output or runs[0] / "report.html"
-    inputs = ReportInputs(runs, real, train, tokenizer, evaluation, sweep)
-    inputs.write(output, title=title, command=shlex.join(["steer-engine", *sys.argv[1:]]))
-    out.print(f"report: {output}", markup=False, soft_wrap=True)
+    inputs = ReportInputs(runs or [], real, train, tokenizer, evaluation, sweep)
+    path = inputs.write(output, title=title, command=_command_line())
+    out.print(f"report: {path}", markup=False, soft_wrap=True)
+
+
+def _command_line() -> str:
+    """What was typed, for a report to repeat."""
+    return shlex.join(["steer-engine", *sys.argv[1:]])
 
 
 def _new_directory(parent: Path, name: str) -> Path:
@@ -538,6 +546,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Result as JSON. [default: evaluation.json in the first run directory]"),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Names of those to compute, with commas. [default: all but downstream]"),
+    ] = None,
     downstream: Annotated[
         bool, typer.Option("--downstream", help="Train models on the sets, test on real texts.")
     ] = False,
@@ -558,6 +570,7 @@ def evaluate(
         seed=seed,
         sample_size=sample_size,
         embedder=embedder,
+        metrics=metrics and [name.strip() for name in metrics.split(",")],
         downstream=downstream,
         progress=progress,
     )

@@ -1,7 +1,7 @@
 """What a sweep found: all cells evaluated alike, and compared by two of the metrics.
 
-DIR/evaluation.json       the cells beside each other
-DIR/evaluation.sha256     a digest of all that it depends on
+DIR/evaluation.json     the cells beside each other
+DIR/comparison.json     the two metrics, and a digest of all that the evaluation depends on
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .dataset import read_texts
-from .errors import nearest_hint
+from .errors import RunError, nearest_hint
 from .evaluate import Better, Estimate, Evaluation, Metric, SetEvaluation
+from .evaluate.metrics import METRICS
 from .files import write_atomically
 from .sweep import SweepCell, locked, read_cells
 from .tokenizer import Tokenizer
 
 # The paper's "normalised n-grams", and a likeness that is 1 for the real texts' own distribution.
 DIVERSITY, LIKENESS = "distinct_3", "mauve"
+EVALUATION, COMPARISON = "evaluation.json", "comparison.json"
 
 
 def evaluate_sweep(
@@ -30,6 +32,8 @@ def evaluate_sweep(
     *,
     tokenizer: Tokenizer,
     train: str | Path | Sequence[str] | None = None,
+    diversity: str = DIVERSITY,
+    likeness: str = LIKENESS,
     seed: int = 0,
     sample_size: int | None = None,
     embedder: str | Path | None = None,
@@ -37,19 +41,24 @@ def evaluate_sweep(
 ) -> Evaluation:
     """Compare all cells with the real texts, at one size, and keep it as DIR/evaluation.json.
 
-    If nothing that it depends on has changed since, what is kept is returned.
+    Nothing but the two measures is computed. If nothing that they depend on has changed since, what
+    is kept is returned.
 
     Args: as steer_engine.evaluate.evaluate.
-    Raises: RunError if there is no sweep, or it is in use; else as evaluate.
+        diversity, likeness: the metrics to compute, as check_measures takes them.
+    Raises: ValueError as check_measures; RunError if there is no sweep, or it is in use; else as
+        evaluate.
     """
+    check_measures(diversity, likeness)
     output = Path(output)
     run_dirs = {cell.name: output / "cells" / cell.name for cell in read_cells(output)}
     real, train = read_texts(real), None if train is None else read_texts(train)
-    settings = {"seed": seed, "sample_size": sample_size}
+    settings = {"seed": seed, "sample_size": sample_size, "metrics": [diversity, likeness]}
     digest = _digest(run_dirs, [real, train, settings, str(embedder)])
-    path, digest_path = output / "evaluation.json", output / "evaluation.sha256"
+    comparison = {"diversity": diversity, "likeness": likeness, "sha256": digest}
+    path, comparison_path = output / EVALUATION, output / COMPARISON
     with locked(output):
-        if digest_path.exists() and digest_path.read_text(encoding="utf-8").strip() == digest:
+        if comparison_path.exists() and _read_measures(output) == comparison:
             return Evaluation.read(path)
         from .evaluate import evaluate
 
@@ -62,10 +71,52 @@ def evaluate_sweep(
             progress=progress,
             **settings,
         )
-        digest_path.unlink(missing_ok=True)
+        comparison_path.unlink(missing_ok=True)
         evaluation.write(path)
-        write_atomically(digest_path, digest + "\n")
+        write_atomically(comparison_path, json.dumps(comparison, indent=2) + "\n")
     return evaluation
+
+
+def check_measures(*names: str) -> None:
+    """Raise ValueError for a name that is no metric of a set which is better when higher."""
+    usable = [metric.name for metric in METRICS if metric.better is Better.HIGHER]
+    for name in names:
+        if name not in usable:
+            raise ValueError(
+                f"{name!r} is no metric that is better when higher{nearest_hint(name, usable)}; "
+                f"there are {', '.join(usable)}"
+            )
+
+
+def read_comparison(output: str | Path) -> Comparison:
+    """The cells of an evaluated sweep by its two measures.
+
+    Raises: RunError if there is no sweep, or one that has not been evaluated; DataError if the
+        evaluation is damaged; ValueError if it lacks cells that have come since.
+    """
+    output = Path(output)
+    cells = read_cells(output)
+    again = "run the same sweep again, without --no-evaluate"
+    if not (output / COMPARISON).exists():
+        raise RunError(f"{output}: its cells have not been compared; {again}")
+    measures = _read_measures(output)
+    try:
+        return compare_cells(
+            cells,
+            Evaluation.read(output / EVALUATION),
+            diversity=measures["diversity"],
+            likeness=measures["likeness"],
+        )
+    except (KeyError, TypeError):
+        raise RunError(f"{output / COMPARISON}: damaged; {again}") from None
+
+
+def _read_measures(output: Path) -> dict[str, str]:
+    """{} for a damaged file."""
+    try:
+        return json.loads((output / COMPARISON).read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
 
 
 def _digest(run_dirs: Mapping[str, Path], settings: list) -> str:

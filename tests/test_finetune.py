@@ -81,6 +81,8 @@ def test_the_held_out_loss_falls_and_is_written_down(tuned, train):
         "held_out.jsonl",
         "train.jsonl",
     }
+    modes = {(tuned / n).stat().st_mode for n in ("adapter_model.safetensors", "held_out.jsonl")}
+    assert len(modes) == 1, "whoever reads one file can read the other"
 
 
 def test_the_adapter_is_the_same_in_the_engine_and_in_peft(tiny_models, tuned):

@@ -27,12 +27,15 @@ from steer_engine.evaluate import (
     Evaluation,
     Group,
     Metric,
+    NearestReal,
     SetEvaluation,
 )
 from steer_engine.report import Cell, Figure, cell_id, house_style, to_svg, write_report
+from steer_engine.report.figures import similarity_figure
 from steer_engine.report.runs import load_runs, misfit
 from steer_engine.report.summary import summarize
-from steer_engine.report.table import format_number, metric_rows, rank
+from steer_engine.report.sweep_table import SweepRow, SweepTable
+from steer_engine.report.table import Value, format_number, metric_rows, rank
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script><img src=x onerror='hacked = 1'> {{ 7 * 7 }} $x$"
@@ -42,6 +45,12 @@ GUIDANCE = {
     "nucleus": Guidance.none(),
     "base-model": Guidance(domain=0.0, base=1.0),
 }
+SWEEP_TABLE = SweepTable(
+    f"Of 2 cells {HOSTILE}.",
+    ["gamma"],
+    ["distinct 3-grams ↑"],
+    [SweepRow(["0.2"], [Value("0.812", "0.800 to 0.823", "a bootstrap")], "1.42", "Pareto front")],
+)
 needs_chromium = pytest.mark.skipif(find_chromium() is None, reason="chromium is not on PATH")
 
 
@@ -90,6 +99,7 @@ def page(setting, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("page") / "report.html"
     write_report(
         path, setting.evaluation, runs=setting.runs, real=[setting.real], sweep=[sweep_figure()],
+        sweep_table=SWEEP_TABLE,
         notes=["A note <i>in words</i>."], command="steer-engine report runs/steer",
     )  # fmt: skip
     return path
@@ -164,6 +174,7 @@ def test_same_arguments_give_the_same_bytes(setting, page, tmp_path):
     again = tmp_path / "again.html"
     write_report(
         again, setting.evaluation, runs=setting.runs, real=[setting.real], sweep=[sweep_figure()],
+        sweep_table=SWEEP_TABLE,
         notes=["A note <i>in words</i>."], command="steer-engine report runs/steer",
     )  # fmt: skip
     assert again.read_bytes() == page.read_bytes()
@@ -380,6 +391,30 @@ def test_figures_keep_text_as_text_and_follow_the_colour_scheme():
     assert "var(--muted, #6b6864)" in figure.svg
     assert figure.svg == sweep_figure().svg
     assert 'role="group"' in figure.svg and "<style" not in figure.svg
+
+
+def test_similarity_figure_outlines_the_real_texts_own_nearness(setting):
+    evaluation = setting.evaluation
+    without = similarity_figure(evaluation)
+    assert "The line is" not in without.caption
+    own = [NearestReal(text, 0.5) for text in evaluation.real.texts]
+    figure = similarity_figure(replace(evaluation, real=replace(evaluation.real, nearest_real=own)))
+    assert "The line is real texts and the nearest other one" in figure.caption
+    # One outline in the panel of each set, which opens nothing.
+    assert figure.svg.count("var(--ink") == without.svg.count("var(--ink") + len(evaluation.sets)
+    assert figure.cells == without.cells
+
+
+def test_a_single_metric_of_a_group_is_said_in_plain_words(setting):
+    def words(marks: list[str]) -> str:
+        rows = metric_rows(setting.evaluation)
+        row = next(row for row in rows["diversity"] if any(v.mark for v in row.values))
+        values = [replace(v, mark=mark) for v, mark in zip(row.values, marks, strict=True)]
+        return summarize([], setting.evaluation, {"diversity": [replace(row, values=values)]})
+
+    assert "On diversity, steer is best (" in words(["best", "", ""])
+    assert "On diversity, steer is level with the best (" in words(["level", "best", ""])
+    assert "On diversity, steer is not best (" in words(["", "best", ""])
 
 
 def test_evaluation_of_other_texts_does_not_fit(setting):

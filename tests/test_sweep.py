@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -24,9 +25,17 @@ from steer_engine import (
 )
 from steer_engine.evaluate import Better, Estimate, Evaluation, Group, Metric, SetEvaluation
 from steer_engine.report.sweep_figures import sweep_figures, write_figures
+from steer_engine.report.sweep_page import write_sweep_report
+from steer_engine.report.sweep_table import cell_label, sweep_table
 from steer_engine.run_directory import lock_directory
 from steer_engine.sweep import SweepCell, check_grid, grid, read_cells, run_sweep
-from steer_engine.sweep_results import CellScore, Comparison, compare_cells, evaluate_sweep
+from steer_engine.sweep_results import (
+    CellScore,
+    Comparison,
+    compare_cells,
+    evaluate_sweep,
+    read_comparison,
+)
 
 REAL = ["Where is the ring?", "What was there before?", "Is there another one here?", "Who?"]
 METRICS = [
@@ -189,6 +198,7 @@ def evaluations(monkeypatch) -> list[dict]:
         )
 
     monkeypatch.setattr("steer_engine.evaluate.evaluate", evaluate, raising=False)
+    monkeypatch.setattr("steer_engine.sweep_command.MIN_TEXTS", 1)
     return calls
 
 
@@ -216,6 +226,7 @@ def test_an_evaluation_is_kept_until_what_it_depends_on_changes(engine, tmp_path
     assert [s.name for s in first.sets] == [cell.name for cell in CELLS[:2]]
     assert Evaluation.read(tmp_path / "evaluation.json") == first == evaluate()
     assert len(evaluations) == 1
+    assert evaluations[0]["metrics"] == ["distinct_3", "mauve"], "no others are computed"
     for changes in ({"real": REAL[:3]}, {"train": REAL}, {"seed": 1}, {"embedder": "other"}):
         num_before = len(evaluations)
         evaluate(**changes)
@@ -227,9 +238,28 @@ def test_an_evaluation_is_kept_until_what_it_depends_on_changes(engine, tmp_path
     run_sweep(engine, requests_of(CELLS[:3]), tmp_path)
     assert len(evaluate(embedder="other").sets) == 3
     assert len(evaluations) == num_before + 1
-    (tmp_path / "evaluation.sha256").unlink()
+    (tmp_path / "comparison.json").write_text("{")
     evaluate(embedder="other")
     assert len(evaluations) == num_before + 2
+    evaluate(embedder="other", diversity="vendi")
+    assert evaluations[-1]["metrics"] == ["vendi", "mauve"]
+    with pytest.raises(ValueError, match=r"'duplicate_3' is no metric that is better when higher"):
+        evaluate(diversity="duplicate_3")
+
+
+def test_the_comparison_of_a_sweep_is_by_the_measures_that_it_was_made_with(
+    engine, tmp_path, evaluations
+):
+    run_sweep(engine, requests_of(CELLS[:3]), tmp_path)
+    with pytest.raises(RunError, match="have not been compared; run the same sweep again"):
+        read_comparison(tmp_path)
+    measures = {"diversity": "mauve", "likeness": "distinct_3"}
+    evaluation = evaluate_sweep(tmp_path, REAL, tokenizer=engine.tokenizer, **measures)
+    assert read_comparison(tmp_path) == compare_cells(CELLS[:3], evaluation, **measures)
+    for content in ("{", "[]", '{"diversity": "mauve"}'):
+        (tmp_path / "comparison.json").write_text(content)
+        with pytest.raises(RunError, match=r"comparison\.json: damaged"):
+            read_comparison(tmp_path)
 
 
 # --- comparison
@@ -372,6 +402,58 @@ def test_figures_are_written_as_files_that_stand_alone(tmp_path):
         assert path.stat().st_size < 40_000
 
 
+def test_the_page_lists_the_best_cell_and_the_front_in_words_and_rows():
+    cells = grid(gamma=[0, 0.1, 0.2], eta=[0, 0.3], num_negatives=[5])
+    values = [(0.1, 0.5), (0.2, 0.5), (0.3, 0.5), (0.9, 0.4), (0.5, 0.91), (0.52, 0.9)]
+    table = sweep_table(made_comparison(cells, values))
+    assert (table.axes, table.measures) == (["gamma", "eta"], ["distinct 3-grams ↑", "MAUVE ↑"])
+    assert "Of 6 cells, gamma 0.2 eta 0.3 has the largest sum" in table.words
+    assert "3 cells are on the Pareto front" in table.words
+    assert "from gamma 0.2 eta 0 with the most MAUVE to gamma 0.1 eta 0.3" in table.words
+    assert [row.places for row in table.rows] == [["0.2", "0.3"], ["0.2", "0"], ["0.1", "0.3"]]
+    assert [row.sum for row in table.rows] == ["1.42", "1.41", "1.30"]
+    assert table.rows[0].verdict == "largest sum, Pareto front"
+    assert table.rows[1].verdict == "Pareto front"
+    assert table.rows[0].values[0].interval == "0.500 to 0.550"
+
+
+def test_a_single_cell_is_no_choice():
+    table = sweep_table(made_comparison(grid(gamma=[0.2], eta=[0.1]), [(0.5, 0.25)]))
+    assert table.words.startswith("One cell, gamma 0.2, eta 0.1; its distinct 3-grams and MAUVE")
+    assert (table.axes, [row.sum for row in table.rows]) == ([], ["0.750"])
+
+
+def test_cells_of_nearly_one_value_have_labels_of_their_own():
+    cells = grid(gamma=[0.1, 0.1000000001])
+    comparison = made_comparison(cells, [(0.5, 0.4), (0.4, 0.5)])
+    labels = [cell_label(score, comparison) for score in comparison.scores]
+    assert labels == ["gamma 0.1", "gamma 0.1000000001"]
+
+
+def test_the_page_of_a_long_front_says_which_cells_it_shows(engine, tmp_path, evaluations):
+    cells = grid(gamma=[i / 10 for i in range(10)], eta=[0.1])
+    run_sweep(engine, requests_of(cells), tmp_path)
+    evaluation = evaluate_sweep(tmp_path, REAL, tokenizer=engine.tokenizer)
+    sets = [
+        replace(s, estimates={"distinct_3": Estimate(n / 10), "mauve": Estimate(1 - n / 10)})
+        for n, s in enumerate(evaluation.sets)
+    ]
+    replace(evaluation, sets=sets).write(tmp_path / "evaluation.json")
+    page = write_sweep_report(tmp_path).read_text(encoding="utf-8")
+    assert "the first 8 cells of the Pareto front&#39;s 10" in page
+    assert page.count("<td>Pareto front</td>") == 9
+
+
+def test_cells_whose_intervals_meet_the_best_ones_are_counted():
+    def score(gamma: float, diversity: float, likeness: float) -> CellScore:
+        estimates = [Estimate(v, v - 0.05, v + 0.05, "a bootstrap") for v in (diversity, likeness)]
+        return CellScore(SweepCell(gamma=gamma), *estimates, ["a"])
+
+    scores = [score(0, 0.5, 0.5), score(1, 0.45, 0.45), score(2, 0.5, 0.3), score(3, 0.2, 0.5)]
+    words = sweep_table(Comparison(METRICS[0], METRICS[2], scores)).words
+    assert "1 other cell has intervals that meet the best cell's" in words
+
+
 # --- the command
 
 
@@ -412,6 +494,13 @@ def test_sweep_writes_cells_evaluation_figures_and_a_table(
         f"sweep-{name}.svg"
         for name in ("diversity", "likeness", "sum", "gamma", "eta", "num-negatives", "trade-off")
     }
+    assert stdout.splitlines()[-1] == f"report: {output / 'report.html'}"
+    page = (output / "report.html").read_text(encoding="utf-8")
+    for shown in ("Of 12 cells the best comes first: gamma", "Pareto front", "steer-engine sweep"):
+        assert shown in page, shown
+    assert any(text in page for text in REAL), "negatives have their texts"
+    for path in (output / "figures").iterdir():
+        assert f'id="figure-{path.stem}"' in page and f'id="cell-{path.stem}-0"' in page
     # The same command again: nothing is run and the same is said.
     before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
     again = call(capsys, *sweep_arguments(tiny_models, real, output, *more))
@@ -421,18 +510,22 @@ def test_sweep_writes_cells_evaluation_figures_and_a_table(
 
 
 def test_held_out_texts_are_compared_with_and_real_ones_are_the_training_set(
-    capsys, tiny_models, real, tmp_path, evaluations
+    capsys, monkeypatch, tiny_models, real, tmp_path, evaluations
 ):
     held_out = tmp_path / "held_out.txt"
     held_out.write_text("an unseen one\n")
     more = ["--gamma", "0,1", "--held-out", held_out, "--sample-size", 3, "--seed", 4]
-    more += ["--embedder", "some/model", "--diversity", "mauve", "--likeness", "distinct_3"]
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    more += ["--embedder", model, "--diversity", "mauve", "--likeness", "distinct_3"]
+    monkeypatch.setattr("steer_engine.sweep_command.check_number", lambda *_, **__: None)
     status, _, stderr = call(capsys, *sweep_arguments(tiny_models, real, tmp_path / "out", *more))
     assert status == 0, stderr
     (given,) = evaluations
     assert (given["real"], given["train"]) == (["an unseen one"], REAL)
     assert (given["seed"], given["sample_size"]) == (4, 3)
-    assert given["embedder"] == "some/model"
+    assert given["embedder"] == str(model) and given["metrics"] == ["mauve", "distinct_3"]
 
 
 def test_a_run_file_may_hold_lists(capsys, tiny_models, real, tmp_path):
@@ -470,6 +563,70 @@ def test_a_bad_grid_is_named_before_a_model_is_loaded(
     assert status == 2
     assert expected in one_line(stderr)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected_status", "expected"),
+    [
+        ([], 2, "--num-examples gives 6 texts and a comparison of the cells takes at least 20"),
+        (["--num-examples", 20], 2, "--real gives 4 texts"),
+        (["--sample-size", 5], 2, "sample_size must be an int in [20, inf), got 5"),
+        (["--diversity", "distinct3"], 2, "did you mean 'distinct_3'?"),
+        (["--likeness", "auroc_xgboost"], 2, "is no metric that is better when higher"),
+        (["--embedder", "nowhere"], 1, "nowhere: not a model directory"),
+    ],
+)
+def test_what_a_comparison_lacks_is_said_before_a_model_is_loaded(
+    capsys, monkeypatch, tiny_models, real, tmp_path, more, expected_status, expected
+):
+    monkeypatch.setattr(cli.Engine, "from_pretrained", None)
+    arguments = sweep_arguments(tiny_models, real, tmp_path / "out", "--gamma", "0,1", *more)
+    status, _, stderr = call(capsys, *arguments)
+    assert status == expected_status
+    assert expected in one_line(stderr) and one_line(stderr).endswith("or give --no-evaluate")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["evaluate.evaluation.EXTRA", "sweep_command.DRAWING"])
+def test_a_missing_package_is_named_before_a_model_is_loaded(
+    capsys, monkeypatch, tiny_models, real, tmp_path, where
+):
+    monkeypatch.setattr(cli.Engine, "from_pretrained", None)
+    monkeypatch.setattr(f"steer_engine.{where}_MODULES", ("no_such_module",))
+    arguments = sweep_arguments(tiny_models, real, tmp_path / "out", "--gamma", "0,1")
+    status, _, stderr = call(capsys, *arguments)
+    assert status == 1
+    assert "no_such_module is not installed; run `pip install" in one_line(stderr)
+    assert one_line(stderr).endswith("or give --no-evaluate")
+
+
+def test_report_of_a_sweep_alone_and_beside_a_run(capsys, tiny_models, real, tmp_path, evaluations):
+    output, page = tmp_path / "sweep", tmp_path / "page.html"
+    more = ["--gamma", "0,0.2", "--eta", "0,0.1"]
+    assert call(capsys, *sweep_arguments(tiny_models, real, output, *more))[0] == 0
+    (output / "report.html").unlink()
+    status, stdout, stderr = call(capsys, "report", "--sweep", output, "--real", real)
+    assert status == 0, stderr
+    assert stdout == f"report: {output / 'report.html'}\n"
+    shown = (output / "report.html").read_text(encoding="utf-8")
+    assert f"steer-engine report --sweep {output}" in shown
+    assert (
+        "Of 4 cells the best comes first: gamma" in shown and 'id="figure-sweep-trade-off"' in shown
+    )
+    assert all(text in shown for text in REAL), "negatives have their texts"
+    run = output / "cells" / "gamma-0_eta-0.1_negatives-5"
+    status, stdout, stderr = call(capsys, "report", run, "--sweep", output, "--output", page)
+    assert status == 0 and stdout == f"report: {page}\n", stderr
+    shown = page.read_text(encoding="utf-8")
+    assert "comes first" not in shown
+    assert "has the largest sum of" in shown and 'id="figure-sweep-trade-off"' in shown
+    (output / "comparison.json").unlink()
+    status, _, stderr = call(capsys, "report", "--sweep", output)
+    assert status == 1 and "its cells have not been compared" in one_line(stderr)
+    status, _, stderr = call(capsys, "report", "--sweep", output, "--tokenizer", tmp_path)
+    assert status == 2 and "are of runs; name their directories" in one_line(stderr)
+    status, _, stderr = call(capsys, "report")
+    assert status == 2 and "give run directories, or a sweep's directory" in one_line(stderr)
 
 
 def test_a_sweep_to_be_compared_needs_real_texts(capsys, tiny_models, real, tmp_path):

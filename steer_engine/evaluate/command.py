@@ -12,12 +12,14 @@ from rich.text import Text
 
 from .. import embedded
 from ..errors import RunError
-from .result import Better, Estimate, Evaluation, Metric
+from .result import TRAINING_SET, Better, Estimate, Evaluation, Metric
 
 TOKENIZER_FILE = "tokenizer.json"
-ARROWS = {Better.HIGHER: "↑", Better.LOWER: "↓", Better.AS_REAL: "="}
+ARROWS = {Better.HIGHER: "↑", Better.LOWER: "↓", Better.AS_REAL: "≈"}
+LONGEST_WORD = 2 + len("adversarial")  # of a metric's title; a narrower column would cut it
 LEGEND = (
-    "↑ higher is better, ↓ lower is better, = as the real texts; * best of the sets; "
+    "↑ higher is better, ↓ lower is better, ≈ the nearer to the real texts the better; "
+    "* best of the sets; "
     "below a value its interval"
 )
 
@@ -69,7 +71,7 @@ def result_table(evaluation: Evaluation) -> Table:
     """All metrics by group: a column for the real texts and one for each set."""
     table = Table(title=f"{evaluation.sample_size} texts of each set", caption=LEGEND)
     table.title_justify = table.caption_justify = "left"
-    table.add_column("metric")
+    table.add_column("metric", min_width=LONGEST_WORD)
     for evaluated in (evaluation.real, *evaluation.sets):
         table.add_column(Text(evaluated.name), justify="right")
     group = None
@@ -84,6 +86,9 @@ def result_table(evaluation: Evaluation) -> Table:
 
 def _cells(evaluation: Evaluation, metric: Metric) -> list[Text]:
     best = evaluation.best(metric)
+    rivals = [s for s in evaluation.sets if s.name != TRAINING_SET and metric.name in s.estimates]
+    if len(best) == len(rivals):
+        best = []  # all are the same, or there is one
     cells = [_cell(evaluation.real.estimates.get(metric.name), is_best=False)]
     for evaluated in evaluation.sets:
         is_best = evaluated.name in best
@@ -101,5 +106,7 @@ def _cell(estimate: Estimate | None, *, is_best: bool) -> Text:
 
 
 def _number(value: float) -> str:
-    """Three decimals for shares, one for scores over ten."""
+    """Three decimals for shares, one for scores over ten, none for counts."""
+    if abs(value) >= 2 and value.is_integer():
+        return f"{value:.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"

@@ -53,12 +53,7 @@ class SentenceEmbedder:
         Raises: DataError if there is no such model or package.
         """
         self.name = DEFAULT_NAME if directory is None else Path(directory).name
-        self.directory = _default_directory() if directory is None else Path(directory)
-        if not (self.directory / "config.json").is_file():
-            raise DataError(
-                f"{self.directory}: not a model directory (no config.json); give one that "
-                "sentence-transformers saved"
-            )
+        self.directory = model_directory(directory)
         self._cache = EmbeddingCache(cache_directory(cache), hash_directory(self.directory))
 
     def embed(
@@ -137,6 +132,17 @@ class EmbeddingCache:
             aside = self.path.with_suffix(".damaged")
             logger.warning("%s: damaged (%s), moved to %s", self.path, error, aside.name)
             self.path.replace(aside)
+
+
+def model_directory(directory: str | Path | None) -> Path:
+    """Where an embedding model lies; None: the default one. Raises DataError if there is none."""
+    directory = _default_directory() if directory is None else Path(directory)
+    if not (directory / "config.json").is_file():
+        raise DataError(
+            f"{directory}: not a model directory (no config.json); give one that "
+            "sentence-transformers saved"
+        )
+    return directory
 
 
 def cache_directory(cache: str | Path | None) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ import numpy as np
 from ..errors import DataError, SteerError, check_number
 from .copying import closest_similarities
 from .embeddings import SentenceEmbedder, TextEmbedder
-from .metrics import METRICS
+from .metrics import DOWNSTREAM, METRICS, choose_metrics
 from .ngrams import TokenizerSource, load_tokenizer
-from .parts import PARTS, REAL, Estimates, Reference, Rows
+from .parts import PARTS, REAL, Estimates, Part, Reference, Rows
 from .result import TRAINING_SET, Evaluation, NearestReal, SetEvaluation
 from .sets import Source, TextSet, read_set, read_sets
 from .stages import Stages
@@ -49,6 +49,7 @@ def evaluate(
     sample_size: int | None = None,
     embedder: TextEmbedder | str | Path | None = None,
     cache: str | Path | None = None,
+    metrics: Sequence[str] | None = None,
     downstream: bool = False,
     progress: bool = False,
 ) -> Evaluation:
@@ -70,6 +71,9 @@ def evaluate(
         embedder: a sentence-transformers model directory, or an object with name and embed(texts);
             None: all-MiniLM-L6-v2.
         cache: directory where embeddings are kept; None: $STEER_CACHE, else ~/.cache/steer_engine.
+        metrics: names of the metrics to compute; None: all but downstream. What they do not need
+            is left out: without hull metrics there is no map, and n-grams and copies need no
+            embeddings.
         downstream: train a model on each set and test it on the real texts too: a classifier
             where texts have labels, or answers to five-choice questions.
         progress: show it on standard error.
@@ -80,32 +84,34 @@ def evaluate(
     check_number("seed", seed, low=0, high=2**32 - 1, is_int=True)
     if sample_size is not None:
         check_number("sample_size", sample_size, low=MIN_TEXTS, is_int=True)
+    wanted = choose_metrics(metrics, downstream, has_training=train is not None)
     check_extra()
     samples = _read(sets, real, train, sample_size, seed)
     hf_tokenizer = load_tokenizer(tokenizer)
     if embedder is None or isinstance(embedder, str | Path):
         embedder = SentenceEmbedder(embedder, cache)
+    parts = {name: part for name, part in PARTS.items() if wanted.intersection(part.metrics)}
     with Stages(enabled=progress) as stages:
-        embeddings = _embed(samples, embedder, stages)
-        hull_points, maps = _reduce(embeddings, seed, stages)
+        embeddings, hull_points, maps = _place(samples, parts.values(), embedder, seed, stages)
         rows = Rows(
             texts=[row.texts for row in samples.cut],
             embeddings=embeddings,
             hull_points=hull_points,
             references=_references(samples),
-            too_close=_too_close(embeddings[REAL]),
+            too_close=_too_close(embeddings[REAL]) if embeddings else None,
             tokenizer=hf_tokenizer,
             seed=seed,
         )
         estimates: list[Estimates] = [{} for _ in samples.cut]
-        for name, part in PARTS.items():
+        for name, part in parts.items():
             stages.start(name, len(estimates))
             for number, own in enumerate(estimates):
-                own |= part(rows, number)
+                computed = part.compute(rows, number)
+                own |= {metric: e for metric, e in computed.items() if metric in wanted}
                 stages.advance()
         usefulness_notes = []
-        if downstream:
-            stages.start("downstream", 1)
+        if DOWNSTREAM in wanted:
+            stages.start(DOWNSTREAM, 1)
             usefulness_notes = add_downstream(estimates, samples.cut, embedder, seed)
     evaluated = [_set(samples, number, rows, own, maps) for number, own in enumerate(estimates)]
     present = {name for own in estimates for name in own}
@@ -115,14 +121,14 @@ def evaluate(
         sets=evaluated[REAL + 1 :],
         sample_size=samples.size,
         seed=seed,
-        embedder=embedder.name,
-        notes=_notes(samples, rows, evaluated, seed) + usefulness_notes,
+        embedder=embedder.name if embeddings or DOWNSTREAM in wanted else "",
+        notes=_notes(samples, rows, evaluated, wanted, seed) + usefulness_notes,
     )
 
 
-def check_extra() -> None:
-    """Raise SteerError if a package of the extra `eval` is missing."""
-    for module in EXTRA_MODULES:
+def check_extra(*more: str) -> None:
+    """Raise SteerError if a package of the extra `eval` is missing. more: modules, of it too."""
+    for module in (*EXTRA_MODULES, *more):
         if importlib.util.find_spec(module) is None:
             raise SteerError(f"{module} is not installed; run `pip install steer-engine[eval]`")
 
@@ -144,6 +150,22 @@ def _read(sets, real, train, sample_size: int | None, seed: int) -> _Samples:
         )
     size = min(size, sample_size or size)
     return _Samples(uncut, [row.cut(size, seed) for row in uncut], train is not None)
+
+
+def _place(
+    samples: _Samples,
+    parts: Collection[Part],
+    embedder: TextEmbedder,
+    seed: int,
+    stages: Stages,
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Every row's embeddings, its points for hulls and those of the drawn map; [] if not needed."""
+    if not any(part.needs_embeddings for part in parts):
+        return [], [], []
+    embeddings = _embed(samples, embedder, stages)
+    if not any(part.needs_hull_points for part in parts):
+        return embeddings, [], []
+    return embeddings, *_reduce(embeddings, seed, stages)
 
 
 def _embed(samples: _Samples, embedder: TextEmbedder, stages: Stages) -> list[np.ndarray]:
@@ -185,6 +207,7 @@ def _set(
     from .hulls import hull_polygon
 
     row = samples.cut[number]
+    points = maps[number] if maps else np.empty((0, 2))
     return SetEvaluation(
         name=row.name,
         source=row.source,
@@ -192,46 +215,62 @@ def _set(
         indices=row.indices,
         texts=row.texts,
         estimates=estimates,
-        points=[(float(x), float(y)) for x, y in maps[number]],
-        hull=hull_polygon(maps[number]),
+        points=[(float(x), float(y)) for x, y in points],
+        hull=hull_polygon(points) if maps else [],
         nearest_real=_nearest_real(rows, number),
     )
 
 
 def _nearest_real(rows: Rows, number: int) -> list[NearestReal]:
-    """Among held-out and training texts that are rows, but a row's own."""
-    if number == REAL:
+    """Among the held-out and training texts that are rows; of a real text, another one."""
+    if not rows.embeddings:
         return []
-    others = [r.row for r in rows.references.values() if r.row != number]
-    texts = [text for other in others for text in rows.texts[other]]
-    embeddings = np.concatenate([rows.embeddings[other] for other in others])
-    index, similarity = closest_similarities(rows.embeddings[number], embeddings)
-    return [NearestReal(texts[i], float(s)) for i, s in zip(index, similarity, strict=True)]
+    own, texts, similarities = rows.embeddings[number], [], []
+    for reference in rows.references.values():
+        against = rows.embeddings[reference.row]
+        index, similarity = closest_similarities(own, against, is_same_set=reference.row == number)
+        texts.append([rows.texts[reference.row][i] for i in index])
+        similarities.append(similarity)
+    nearest = np.argmax(similarities, axis=0)
+    return [
+        NearestReal(texts[which][place], float(similarities[which][place]))
+        for place, which in enumerate(nearest)
+    ]
 
 
-def _notes(samples: _Samples, rows: Rows, evaluated: list[SetEvaluation], seed: int) -> list[str]:
+def _notes(
+    samples: _Samples,
+    rows: Rows,
+    evaluated: list[SetEvaluation],
+    wanted: set[str],
+    seed: int,
+) -> list[str]:
     notes = []
     for row in samples.uncut:
         if num_empty := row.num_texts - len(row.texts):
-            notes.append(f"{row.name}: {num_empty} empty texts are left out.")
+            are = "text is" if num_empty == 1 else "texts are"
+            notes.append(f"{row.name}: {num_empty} empty {are} left out.")
         if len(row.texts) > samples.size:
             notes.append(
                 f"{row.name}: {samples.size} of {len(row.texts)} texts, drawn with seed {seed}, so "
                 "that all sets have one size."
             )
     for row in evaluated[REAL + 1 :]:
-        if "auroc_xgboost" not in row.estimates:
+        if "auroc_xgboost" in wanted and "auroc_xgboost" not in row.estimates:
             notes.append(
                 f"{row.name}: no adversarial AUROC, since there are too few different texts."
             )
-    notes.append(
-        f"Too close is a cosine above {rows.too_close:.3f}, which one in twenty held-out real "
-        "texts has with its nearest neighbour among them."
-    )
+    if wanted.intersection(("close_to_real", "close_to_training")):
+        notes.append(
+            f"Too close is a cosine above {rows.too_close:.3f}, which one in twenty held-out real "
+            "texts has with its nearest neighbour among them."
+        )
     if samples.has_training:
-        counts = " and ".join(str(len(r.all_texts)) for r in rows.references.values())
         notes.append(
             "The training set's row compares real texts with real ones: expect no set to be more "
-            f"like them. Copies were looked for in all {counts} held-out and training texts."
+            "like them."
         )
+    if samples.has_training and wanted.intersection(PARTS["copies"].metrics):
+        counts = " and ".join(str(len(r.all_texts)) for r in rows.references.values())
+        notes.append(f"Copies were looked for in all {counts} held-out and training texts.")
     return notes

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ..errors import nearest_hint
 from .result import Better, Group, Metric
 
+DOWNSTREAM = "downstream"
 _HIGHER, _LOWER, _AS_REAL = Better.HIGHER, Better.LOWER, Better.AS_REAL
 
 
@@ -133,14 +137,15 @@ METRICS = [
         "hull precision",
         Group.LIKENESS,
         _HIGHER,
-        "Share of the texts inside the real texts' convex hull on a 5-dimensional UMAP map.",
+        "Share of the texts inside the real texts' convex hull on a 5-dimensional UMAP map; low "
+        "even for other real texts while sets are small.",
     ),
     Metric(
         "hull_recall",
         "hull recall",
         Group.LIKENESS,
         _HIGHER,
-        "Share of the real texts inside the set's convex hull on the same map.",
+        "Share of the real texts inside the set's convex hull on the same map; low in small sets.",
     ),
     Metric(
         "hull_f_score",
@@ -180,10 +185,32 @@ METRICS = [
     *_copying("real", HELD_OUT),
     *_copying("training", TRAINING),
     Metric(
-        "downstream",
+        DOWNSTREAM,
         "accuracy when trained on",
         Group.USEFULNESS,
         _HIGHER,
         "Accuracy on the real texts of a model trained on the set, mean over 5 splits.",
     ),
 ]
+
+
+def choose_metrics(
+    metrics: Sequence[str] | None, downstream: bool, *, has_training: bool
+) -> set[str]:
+    """Names of the metrics to compute; None: all but downstream, which has to be asked for.
+
+    Raises: ValueError for a name that is not known, or one that needs training texts without any.
+    """
+    known = {metric.name: metric for metric in METRICS}
+    wanted = set(known) - {DOWNSTREAM} if metrics is None else set(metrics)
+    if isinstance(metrics, str) or not wanted:
+        raise ValueError("metrics must be a list of names, not empty")
+    for name in sorted(wanted):
+        if name not in known:
+            raise ValueError(
+                f"metrics: there is no {name!r}{nearest_hint(name, known)}; "
+                f"there are {', '.join(known)}"
+            )
+        if metrics is not None and name.endswith("_training") and not has_training:
+            raise ValueError(f"metrics: {name} needs the training texts (train)")
+    return wanted | ({DOWNSTREAM} if downstream else set())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -36,17 +37,17 @@ class Rows:
     """What the parts work on.
 
     texts: of each row, [num_texts].
-    embeddings: of each row, [num_texts, size] float32, rows of length one.
-    hull_points: of each row, [num_texts, 5], on one map.
+    embeddings: of each row, [num_texts, size] float32, rows of length one; [] if no part needs any.
+    hull_points: of each row, [num_texts, 5], on one map; [] if no part needs any.
     references: {"real": ..., "training": ...}, the second where there are training texts.
-    too_close: cosine above which a text is too near to another.
+    too_close: cosine above which a text is too near to another; None without embeddings.
     """
 
     texts: list[list[str]]
     embeddings: list[np.ndarray]
     hull_points: list[np.ndarray]
     references: dict[str, Reference]
-    too_close: float
+    too_close: float | None
     tokenizer: Tokenizer
     seed: int
 
@@ -112,12 +113,12 @@ def neighbours(rows: Rows, number: int) -> Estimates:
     return _pair_scores(manifold_scores, rows.embeddings, number, rows.seed, names)
 
 
-def copies(rows: Rows, number: int) -> Estimates:
-    """Copying from held-out and from training texts; a set is not held against itself.
+def nearness(rows: Rows, number: int) -> Estimates:
+    """To held-out and to training texts, by embeddings; training texts not to themselves.
 
-    But for the real texts' similarity to each other, which says what is usual.
+    But held-out ones to each other, which says what is usual.
     """
-    texts, own, seed = rows.texts[number], rows.embeddings[number], rows.seed
+    own, seed = rows.embeddings[number], rows.seed
     estimates = {}
     for of, reference in rows.references.items():
         is_same = reference.row == number
@@ -127,7 +128,15 @@ def copies(rows: Rows, number: int) -> Estimates:
         similarity = closest_similarities(own, against, is_same_set=is_same)[1]
         estimates[f"nearest_{of}"] = bootstrap_mean(similarity, seed)
         estimates[f"close_to_{of}"] = bootstrap_mean(similarity > rows.too_close, seed)
-        if is_same:
+    return estimates
+
+
+def copies(rows: Rows, number: int) -> Estimates:
+    """Copying from held-out and from training texts; a set is not held against itself."""
+    texts, seed = rows.texts[number], rows.seed
+    estimates = {}
+    for of, reference in rows.references.items():
+        if reference.row == number:
             continue
         lengths = longest_copies(texts, reference.all_texts, rows.tokenizer)
         estimates[f"longest_copy_of_{of}"] = Estimate(float(lengths.max()))
@@ -136,16 +145,33 @@ def copies(rows: Rows, number: int) -> Estimates:
     return estimates
 
 
+class Part(NamedTuple):
+    """compute: a row's estimates. metrics: their names."""
+
+    compute: Callable[[Rows, int], Estimates]
+    metrics: tuple[str, ...]
+    needs_embeddings: bool = True
+    needs_hull_points: bool = False
+
+
+_BOTH = ("real", "training")
 # {what progress shows: part}, the quick ones first.
-PARTS: dict[str, Callable[[Rows, int], Estimates]] = {
-    "n-grams": repeats,
-    "cosines": cosines,
-    "copies": copies,
-    "Vendi score": vendi,
-    "neighbours": neighbours,
-    "hulls": hulls,
-    "MAUVE": mauves,
-    "adversaries": adversaries,
+PARTS = {
+    "n-grams": Part(repeats, ("distinct_3", "duplicate_3", "diversity", "self_duplicates"), False),
+    "copies": Part(
+        copies,
+        tuple(f"{n}_of_{of}" for n in ("copies", "longest_copy", "mean_copy") for of in _BOTH),
+        False,
+    ),
+    "cosines": Part(cosines, ("cosine_of_means", "mean_pairwise_cosine")),
+    "nearness": Part(
+        nearness, tuple(f"{name}_{of}" for name in ("nearest", "close_to") for of in _BOTH)
+    ),
+    "Vendi score": Part(vendi, ("vendi",)),
+    "neighbours": Part(neighbours, ("knn_precision", "knn_recall", "density", "coverage")),
+    "hulls": Part(hulls, ("hull_precision", "hull_recall", "hull_f_score"), True, True),
+    "MAUVE": Part(mauves, ("mauve",)),
+    "adversaries": Part(adversaries, ("auroc_xgboost", "auroc_logistic")),
 }
 
 

@@ -82,7 +82,7 @@ class SetEvaluation:
     estimates: {metric name: Estimate}; a metric that does not apply is left out.
     points: [sample_size] (x, y) on the common 2-D map; empty if none was drawn.
     hull: corners (x, y) of the points' convex hull, in order.
-    nearest_real: [sample_size]; empty for the real set itself.
+    nearest_real: [sample_size], of a real text the nearest other one; empty if none was sought.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Evaluation:
     real: the real texts that the sets are compared with.
     sets: in the order they were given.
     sample_size: texts of every set that were looked at.
-    embedder: the embedding model's name.
+    embedder: the embedding model's name; empty if there are no embeddings.
     notes: what a reader has to know (sets cut down, metrics left out and why).
     """
 

@@ -10,6 +10,7 @@ from .result import Estimate
 from .sets import TextSet
 
 NUM_SPLITS = 5
+NOTHING_LEARNT = " Real examples teach no more than chance here, so it tells little about the set."
 
 
 def add_downstream(
@@ -46,6 +47,7 @@ def add_downstream(
         notes.append(
             f"{row.name}: accuracy of {task} after training on {result.train_size} examples; "
             f"as many real ones give {result.real.mean:.3f}, chance is {result.chance:.3f}."
+            f"{'' if result.real.mean > result.chance else NOTHING_LEARNT}"
         )
     return notes
 

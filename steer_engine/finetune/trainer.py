@@ -137,6 +137,8 @@ class LoraTrainer:
         partial = directory / "adapter.partial"
         self.model.save_pretrained(partial, save_embedding_layers=False)
         for name in ADAPTER_FILES:
+            # safetensors lets nobody but the owner read what it writes.
+            (partial / name).chmod(directory.stat().st_mode & 0o666)
             (partial / name).replace(directory / name)
         for left_over in partial.iterdir():  # PEFT's empty model card
             left_over.unlink()

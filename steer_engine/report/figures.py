@@ -199,19 +199,22 @@ def similarity_figure(evaluation: Evaluation) -> Figure:
         for number, one_set in enumerate(evaluation.sets)
         if one_set.nearest_real
     ]
-    lowest = min(min(row.values) for row in rows)
+    real = [nearest.similarity for nearest in evaluation.real.nearest_real]
+    outline = " The line is real texts and the nearest other one." if real else ""
+    lowest = min([*real, *(value for row in rows for value in row.values)])
     first = math.floor(max(-1.0, min(lowest, 0.95)) * 20) / 20
     # Whole steps of 1/20, the last bar ending at 1 and holding it.
     edges = np.linspace(first, 1.0, round((1.0 - first) * 20) + 1)
     return _histograms(
         "similarity",
         "How near the nearest real text is",
-        "Cosine of a text's embedding and the nearest real text's, in shares of each set. Mass at "
-        "1 is copying; mass far to the left is off the subject. A bar opens its pairs.",
+        "Cosine of a text's embedding and the nearest real text's, among those that the metrics "
+        f"look at, in shares of each set.{outline} Mass at 1 is copying; mass far to the left is "
+        "off the subject. A bar opens its pairs.",
         "similarity to the nearest real text",
         rows,
         edges,
-        [],
+        real,
         lambda low, high: f"similarity {low:.2f} to {high:.2f}",
     )
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from ..dataset import read_texts
 from ..errors import DataError
 from ..evaluate import TRAINING_SET, Evaluation
-from .figure import Figure
+from ..sweep_results import read_comparison
 from .page import write_report
 from .runs import load_runs, misfit
+from .sweep_figures import sweep_figures
+from .sweep_page import REPORT_NAME, write_sweep_report
+from .sweep_table import sweep_table
 
 EVALUATION_NAME = "evaluation.json"
 logger = logging.getLogger(__name__)
@@ -22,7 +25,7 @@ logger = logging.getLogger(__name__)
 class ReportInputs:
     """Paths that the command line was given; None where it was not.
 
-    runs: run directories, the main one first.
+    runs: run directories, the main one first; none for a report about the sweep.
     real, train: files as read_texts takes them.
     tokenizer: directory with tokenizer.json, for an evaluation that has to be made.
     evaluation: an evaluation that has to fit; None: the main run's evaluation.json is used if it
@@ -37,21 +40,35 @@ class ReportInputs:
     evaluation: Path | None = None
     sweep: Path | None = None
 
-    def write(self, output: Path, *, title: str | None = None, command: str = "") -> None:
+    def write(
+        self, output: Path | None = None, *, title: str | None = None, command: str = ""
+    ) -> Path:
         """Write the report, and evaluation.json in the main run if there was none that fits.
 
-        Raises: as write_report and evaluate; DataError if the given evaluation does not fit.
+        output: None: report.html in the main run, or in the sweep.
+        Returns: the report's path.
+        Raises: as write_report, write_sweep_report and evaluate; DataError if the given evaluation
+            does not fit; ValueError if there is neither a run nor a sweep.
         """
         reals = [read_texts(path) for path in (self.real, self.train) if path is not None]
+        if not self.runs and (self.evaluation or self.tokenizer):
+            raise ValueError("an evaluation and a tokenizer are of runs; name their directories")
+        if not self.runs and self.sweep is not None:
+            return write_sweep_report(self.sweep, output, real=reals, title=title, command=command)
+        if not self.runs:
+            raise ValueError("give run directories, or a sweep's directory with --sweep")
+        output = output or self.runs[0] / REPORT_NAME
         evaluation = self._find_evaluation()
         if evaluation is None and self.real is not None:
             evaluation = self._evaluate()
             evaluation.write(self._default_path)
-        sweep = [] if self.sweep is None else _sweep_figures(self.sweep)
+        comparison = None if self.sweep is None else read_comparison(self.sweep)
         write_report(
-            output, evaluation, runs=self.runs, real=reals, sweep=sweep, title=title,
-            command=command,
+            output, evaluation, runs=self.runs, real=reals, title=title, command=command,
+            sweep=[] if comparison is None else sweep_figures(comparison),
+            sweep_table=None if comparison is None else sweep_table(comparison),
         )  # fmt: skip
+        return output
 
     @property
     def _default_path(self) -> Path:
@@ -79,12 +96,3 @@ class ReportInputs:
         sets = {run.name: str(run.path) for run in load_runs(self.runs)}
         made = evaluate(sets, self.real, train=self.train, tokenizer=directory, progress=True)
         return replace(made, notes=[*notes, *made.notes])
-
-
-def _sweep_figures(directory: Path) -> list[Figure]:
-    from ..sweep import read_cells
-    from ..sweep_results import compare_cells
-    from .sweep_figures import sweep_figures
-
-    evaluation = Evaluation.read(directory / EVALUATION_NAME)
-    return sweep_figures(compare_cells(read_cells(directory), evaluation))

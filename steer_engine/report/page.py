@@ -16,6 +16,7 @@ from .figures import evaluation_figures, length_figure
 from .runs import Run, Source, align, load_runs, misfit
 from .settings import python_call, setting_rows
 from .summary import summarize
+from .sweep_table import SweepTable
 from .table import metric_rows
 
 HERE = Path(__file__).parent
@@ -32,7 +33,9 @@ def write_report(
     runs: Sequence[str | Path] = (),
     real: Sequence[Sequence[str]] = (),
     sweep: Sequence[Figure] = (),
+    sweep_table: SweepTable | None = None,
     title: str | None = None,
+    lead: str = "",
     notes: Sequence[str] = (),
     command: str = "",
 ) -> None:
@@ -45,8 +48,9 @@ def write_report(
         runs: run directories, the one that the report is about first.
         real: lists of real texts in which the runs' negatives are looked up; a list serves a run
             if it is exactly what the run was given.
-        sweep: figures of a sweep.
+        sweep: figures of a sweep. sweep_table: its best cells.
         title: None: made from the first run's prompt.
+        lead: sentences before those of the summary.
         notes: sentences that a reader has to know, before those of the evaluation.
         command: what to type to make this report again.
     Raises:
@@ -64,7 +68,9 @@ def write_report(
     if evaluation:
         evaluation = replace(evaluation, sets=[source.evaluated for source in sources])
         real = [*real, evaluation.real.texts]
-    page = _template().render(**_context(sources, evaluation, real, sweep, title, notes, command))
+    context = _context(sources, evaluation, real, title, lead, notes)
+    context |= {"sweep": sweep, "sweep_table": sweep_table, "command": command}
+    page = _template().render(**context | {"cells": _cells([*context["figures"], *sweep])})
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), page)
@@ -76,19 +82,18 @@ def _context(
     sources: Sequence[Source],
     evaluation: Evaluation | None,
     real: Sequence[Sequence[str]],
-    sweep: Sequence[Figure],
     title: str | None,
+    lead: str,
     notes: Sequence[str],
-    command: str,
 ) -> dict:
-    """What the template shows."""
+    """What the template shows, but for a sweep."""
     runs = [source.run for source in sources if source.run]
     rows = metric_rows(evaluation) if evaluation else {}
     figures = _figures(sources, evaluation, real)
     differing, shared = setting_rows(runs)
     return {
         "title": title or _title(sources),
-        "summary": summarize(runs, evaluation, rows),
+        "summary": f"{lead} {summarize(runs, evaluation, rows)}".strip(),
         "sources": sources,
         "runs": runs,
         "colours": [
@@ -98,14 +103,9 @@ def _context(
         "evaluation": evaluation,
         "real_name": Path(evaluation.real.source).name if evaluation else "",
         "rows": rows,
+        "figures": figures,
         "intervals": [f for f in figures if f.name.startswith("intervals-")],
         "shapes": [f for f in figures if not f.name.startswith("intervals-")],
-        "sweep": sweep,
-        "cells": {
-            figure.name: [{"label": c.label, "examples": c.examples} for c in figure.cells]
-            for figure in [*figures, *sweep]
-            if figure.cells
-        },
         "differing": differing,
         "shared": shared,
         "payload": example_payload(sources, real),
@@ -114,7 +114,15 @@ def _context(
         "calls": {run.name: python_call(run) for run in runs},
         "checkpoints": _grouped(runs, "checkpoints"),
         "run_versions": _grouped(runs, "versions"),
-        "command": command,
+    }
+
+
+def _cells(figures: Sequence[Figure]) -> dict[str, list[dict]]:
+    """{figure's name: what its cells open}."""
+    return {
+        figure.name: [{"label": c.label, "examples": c.examples} for c in figure.cells]
+        for figure in figures
+        if figure.cells
     }
 
 

@@ -56,7 +56,7 @@ def _in_words(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value + 0.0:.4g}"  # a weight that is minus zero is shown as 0
     if isinstance(value, list):
         return ", ".join(json.dumps(v, ensure_ascii=False) for v in value) or "none"
     return str(value)

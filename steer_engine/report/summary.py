@@ -69,10 +69,12 @@ def _how_it_fares(evaluation: Evaluation, rows: dict[str, list[Row]]) -> str:
 def _verdict(ranked: Sequence[Row]) -> str:
     """In how many metrics the first set is best, or level with the best."""
     marks = [row.values[0].mark for row in ranked]
+    if len(marks) == 1:
+        return {"best": "is best", "level": "is level with the best"}.get(marks[0], "is not best")
     num_best, num_level = marks.count("best"), marks.count("level")
     of = f"of {_count(len(marks), 'metric')}"
     if num_best == len(marks):
-        return f"is best in all {of}" if len(marks) > 1 else "is best in the one metric"
+        return f"is best in all {of}"
     best = f"is best in {num_best or 'none'} {of}"
     return f"{best} and level with the best in {num_level}" if num_level else best
 

@@ -66,14 +66,15 @@ def metric_rows(evaluation: Evaluation) -> dict[str, list[Row]]:
 def _row(metric: Metric, evaluation: Evaluation) -> Row:
     marks = rank(metric, evaluation)
     values = [
-        _value(one_set.estimates.get(metric.name), mark)
+        as_value(one_set.estimates.get(metric.name), mark)
         for one_set, mark in zip(evaluation.sets, marks, strict=True)
     ]
-    real = _value(evaluation.real.estimates.get(metric.name))
+    real = as_value(evaluation.real.estimates.get(metric.name))
     return Row(metric, *DIRECTIONS[metric.better], values, real)
 
 
-def _value(estimate: Estimate | None, mark: str = "") -> Value:
+def as_value(estimate: Estimate | None, mark: str = "") -> Value:
+    """An estimate as it is shown; an empty one for None."""
     if estimate is None:
         return Value()
     interval = ""
@@ -100,7 +101,7 @@ def rank(metric: Metric, evaluation: Evaluation) -> list[str]:
     level = {
         name
         for name, estimate in competing.items()
-        if any(_meet(estimate, competing[b]) for b in best)
+        if any(intervals_meet(estimate, competing[b]) for b in best)
     }
     return [
         "best" if one_set.name in best else "level" if one_set.name in level else ""
@@ -108,7 +109,8 @@ def rank(metric: Metric, evaluation: Evaluation) -> list[str]:
     ]
 
 
-def _meet(one: Estimate, other: Estimate) -> bool:
+def intervals_meet(one: Estimate, other: Estimate) -> bool:
+    """False where one of them has no interval."""
     bounds = (one.low, one.high, other.low, other.high)
     if any(bound is None for bound in bounds):
         return False

@@ -165,13 +165,67 @@ def test_a_twentieth_of_real_texts_is_too_close_to_another(result):
 
 
 def test_nearest_real_texts_come_from_held_out_and_training_texts(result):
-    copier = result.sets[1]
-    sampled = {*result.real.texts, *result.sets[-1].texts}
+    copier, training = result.sets[1], result.sets[-1]
+    sampled = {*result.real.texts, *training.texts}
     assert all(n.text in sampled for n in copier.nearest_real)
     exact = [t in sampled for t in copier.texts]
     assert [n.similarity > 1 - 1e-6 for n in copier.nearest_real] == exact
-    assert result.real.nearest_real == []
-    assert {n.text for n in result.sets[-1].nearest_real} <= set(result.real.texts)
+    shared = set(result.real.texts) & set(training.texts)
+    for real in (result.real, training):
+        assert {n.text for n in real.nearest_real} <= sampled
+        for text, nearest in zip(real.texts, real.nearest_real, strict=True):
+            assert nearest.text != text or text in shared
+
+
+def test_a_real_text_is_not_its_own_nearest(small):
+    texts = small.real.texts
+    embeddings = StandInEmbedder().embed(texts)
+    for i, (text, nearest) in enumerate(zip(texts, small.real.nearest_real, strict=True)):
+        others = [float(embeddings[i] @ e) for j, e in enumerate(embeddings) if j != i]
+        assert nearest.text != text
+        assert nearest.similarity == pytest.approx(max(others), abs=1e-6)
+
+
+class MustNotEmbed:
+    name = "none"
+
+    def embed(self, texts, report=None):
+        raise AssertionError("no metric needs embeddings")
+
+
+def test_metrics_that_are_named_alone_are_computed_and_equal_those_of_all(small, monkeypatch):
+    for name in ("hulls", "adversaries", "neighbours", "Vendi score"):
+        monkeypatch.setitem(evaluation.PARTS, name, evaluation.PARTS[name]._replace(compute=None))
+    monkeypatch.setattr("steer_engine.evaluate.hulls.reduce", None)
+    few = run(**SMALL, metrics=["mauve", "distinct_3"])
+    assert [metric.name for metric in few.metrics] == ["distinct_3", "mauve"]
+    assert few.sets[0].points == [] and few.sets[0].hull == []
+    assert few.sets[0].nearest_real == small.sets[0].nearest_real
+    for name in ("distinct_3", "mauve"):
+        assert few.sets[0].estimates[name] == small.sets[0].estimates[name]
+    assert not any("Too close" in note or "AUROC" in note for note in few.notes)
+
+
+def test_ngrams_and_copies_need_no_embeddings(small):
+    names = ["self_duplicates", "copies_of_real"]
+    few = run(**SMALL, metrics=names, embedder=MustNotEmbed())
+    assert few.sets[0].estimates == {n: small.sets[0].estimates[n] for n in names}
+    assert few.sets[0].nearest_real == [] and few.embedder == ""
+
+
+def test_every_metric_belongs_to_one_part(result):
+    names = [name for part in evaluation.PARTS.values() for name in part.metrics]
+    assert sorted(names) == sorted(m.name for m in METRICS if m.name != "downstream")
+
+
+def test_an_unknown_metric_is_named_with_the_nearest(monkeypatch):
+    with pytest.raises(ValueError, match=r"there is no 'mauv'; did you mean 'mauve'\?"):
+        run(metrics=["mauv"])
+    with pytest.raises(ValueError, match="copies_of_training needs the training texts"):
+        run(train=None, metrics=["copies_of_training"])
+    for wrong in ([], "mauve"):
+        with pytest.raises(ValueError, match="metrics must be a list of names"):
+            run(metrics=wrong)
 
 
 def test_the_same_call_gives_the_same_evaluation(small):
@@ -273,6 +327,11 @@ def test_downstream_tells_labels_or_says_why_it_cannot(tmp_path):
     assert estimates[1]["downstream"].value > 0.9
     assert estimates[0]["downstream"].interval == "5 splits, least and most"
     assert "telling labels" in notes[0] and "chance" in notes[0]
+    assert "no more than chance" not in notes[0]
+    shuffled = random.Random(0).sample(cut[0].labels, len(cut[0].labels))
+    senseless = replace(cut[0], labels=shuffled)
+    notes = evaluation.add_downstream([{}, {}], [senseless, cut[1]], StandInEmbedder(), 0)
+    assert "teach no more than chance here" in notes[0]
     bare = [replace(s, labels=[]) for s in cut]
     estimates = [{}, {}]
     notes = evaluation.add_downstream(estimates, [cut[0], bare[1]], StandInEmbedder(), 0)
@@ -338,6 +397,20 @@ def test_the_command_prints_a_table_and_writes_the_evaluation(monkeypatch, capsy
     assert written.sample_size == 20 and written.sets[0].source == str(tmp_path / "run")
 
 
+def test_the_command_computes_the_metrics_that_are_named(monkeypatch, capsys, tmp_path):
+    write_run(tmp_path / "run", SETS["fresh"])
+    (tmp_path / "real.txt").write_text("\n".join(REAL))
+    arguments = [tmp_path / "run", "--real", tmp_path / "real.txt"]
+    more = ["--metrics", "distinct_3, copies_of_real", "--no-progress"]
+    status, stdout, stderr = call(monkeypatch, capsys, *arguments, *more)
+    assert status == 0, stderr
+    written = Evaluation.read(tmp_path / "run" / "evaluation.json")
+    assert [m.name for m in written.metrics] == ["distinct_3", "copies_of_real"]
+    assert "MAUVE" not in stdout
+    status, _, stderr = call(monkeypatch, capsys, *arguments, "--metrics", "distinct_4")
+    assert status == 2 and "did you mean 'distinct_3'" in stderr
+
+
 def test_the_command_fails_in_one_line(monkeypatch, capsys, tmp_path):
     status, _, stderr = call(monkeypatch, capsys, tmp_path / "none", "--real", tmp_path / "x.txt")
     assert status == 1
@@ -353,4 +426,8 @@ def test_the_table_marks_the_best_set_and_leaves_gaps_where_a_metric_is_missing(
     assert marked == result.best(result.metrics[0])
     row = next(i for i, cell in enumerate(columns["metric"]) if "XGBoost" in cell)
     assert columns["collapsed"][row] == "-"
+    row = next(i for i, cell in enumerate(columns["metric"]) if "duplicates in" in cell)
+    assert columns["fresh"][row].startswith("0.000*")
+    alone = result_table(replace(result, sets=[result.sets[0], result.sets[-1]]))
+    assert not any("*" in str(cell) for column in alone.columns for cell in column.cells)
     assert default_output(embedded.BASE) == embedded.BASE / "evaluation.json"

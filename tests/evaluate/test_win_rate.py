@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import signal
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from helpers import call
 from scipy import stats
 
-from steer_engine import DataError, Example, cli
+from steer_engine import DataError, Example
 from steer_engine.evaluate.win_rate import (
     export_pairs,
     score_votes,
@@ -218,20 +217,6 @@ def test_a_small_p_value_does_not_round_to_zero():
     z, p_value = z_test(400, 10)
     assert p_value == pytest.approx(stats.norm.sf(z), rel=1e-6)
     assert 0 < p_value < 1e-70
-
-
-def call(capsys, *arguments) -> tuple[int, str, str]:
-    """Run the command line in this process; exit status, standard output, standard error."""
-    previous = sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = ["steer-engine", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    finally:
-        sys.argv = previous[0]
-        signal.signal(signal.SIGTERM, previous[1])
-    captured = capsys.readouterr()
-    return stopped.value.code or 0, captured.out, captured.err
 
 
 def test_the_commands_export_and_score(capsys, sets, tmp_path):
