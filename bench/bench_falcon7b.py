@@ -5,23 +5,28 @@
 
 Writes random bf16 weights of Falcon-7B's shape (14.4 GB in shards, lm_head stored beside the equal
 embedding as older checkpoints do) and a rank-16 adapter below --work, unless they are there. A
-fresh process then loads them and generates with all three passes. Prints one JSON line with load
-time, time per step, and the process's peak resident memory.
+fresh process then loads them and generates with the base alone and with all three passes. Prints
+one JSON line with load time, time per step and its share of the floor (the weights' bytes over the
+measured read rate), and the process's peak resident memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import torch
+from ceilings import Work, measure_ceilings
 from checkpoints import FALCON_7B, ensure_checkpoints
+from conditions import describe_machine
 
-MAX_TOKENS = 4
+MAX_TOKENS = 16
+CEILING_BYTES = 1 << 30
 
 
 def peak_memory_gib() -> float:
@@ -31,57 +36,68 @@ def peak_memory_gib() -> float:
     return int(line.split()[1]) / 2**20
 
 
-def measure(base: Path, adapter: Path, num_prompts: int, weight_dtype: str) -> None:
+def measure(work: Path, num_prompts: int, weight_dtype: str) -> None:
     """Load and generate in this process; prints one JSON line."""
-    from steer_engine import Engine, Guidance, SamplingParams
+    from steer_engine import Engine, Guidance
 
+    ceilings = measure_ceilings(CEILING_BYTES, time.perf_counter)
     started_at = time.monotonic()
     engine = Engine.from_pretrained(
-        base, adapter, weight_dtype=weight_dtype, max_num_seqs=num_prompts, max_model_len=512
+        work / "base",
+        work / "adapter",
+        weight_dtype=weight_dtype,
+        max_num_seqs=num_prompts,
+        max_model_len=512,
     )
     load_s = time.monotonic() - started_at
     load_gib = peak_memory_gib()
-    guidance, negative = (
-        Guidance.recommended(),
-        "One question? Another question?\nWrite a question:",
-    )
-    steps_at: list[float] = []
-    forward = engine.model.forward
-
-    def timed_forward(*arguments):
-        result = forward(*arguments)
-        steps_at.append(time.monotonic())
-        return result
-
-    engine.model.forward = timed_forward
-    started_at = time.monotonic()
-    completions = engine.generate(
-        ["Write a question:"] * num_prompts,
-        negative_prompts=[negative] * num_prompts,
-        guidance=guidance,
-        sampling=SamplingParams(top_p=0.9, max_tokens=MAX_TOKENS, ignore_eos=True),
-    )
-    generate_s = time.monotonic() - started_at
-    assert [len(c.token_ids) for c in completions] == [MAX_TOKENS] * num_prompts
-    steps_s = sorted(
-        b - a for a, b in zip(steps_at[-MAX_TOKENS:], steps_at[1 - MAX_TOKENS :], strict=False)
-    )
+    values = json.loads((work / "base" / "config.json").read_text())
+    read_bytes = Work.of(values, 1 if weight_dtype == "int8" else 2).weight_bytes
+    floor_s = read_bytes / ceilings.read_gb_s / 1e9
     result = {
-        "bench": "falcon7b_lora_three_passes",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "bench": "falcon7b",
+        "machine": describe_machine(),
         "backend": engine.config.backend,
         "dtype": engine.config.dtype,
         "weight_dtype": engine.config.weight_dtype,
         "num_prompts": num_prompts,
         "max_tokens": MAX_TOKENS,
+        "read_gb_s": round(ceilings.read_gb_s, 1),
+        "floor_s": round(floor_s, 4),
         "load_s": round(load_s, 1),
-        "generate_s": round(generate_s, 2),
-        "median_step_s": round(steps_s[len(steps_s) // 2], 3),
         "peak_after_load_gib": round(load_gib, 2),
-        "peak_gib": round(peak_memory_gib(), 2),
     }
-    print(json.dumps(result))
+    base_alone = Guidance(domain=0.0, base=1.0)
+    for name, guidance in {"one_pass": base_alone, "lora_three": Guidance.recommended()}.items():
+        step_s = median_step_s(engine, guidance, num_prompts)
+        result[f"{name}_step_s"] = round(step_s, 4)
+        result[f"{name}_share_of_floor"] = round(floor_s / step_s, 3)
+        result[f"{name}_tokens_s"] = round(num_prompts / step_s, 2)
+    print(json.dumps(result | {"peak_gib": round(peak_memory_gib(), 2)}))
+
+
+def median_step_s(engine, guidance, num_prompts: int) -> float:
+    """Median seconds of the decode steps of one generate."""
+    from steer_engine import SamplingParams
+
+    steps_at: list[float] = []
+    step = engine.step
+
+    def timed_step(seed: int):
+        finished = step(seed)
+        steps_at.append(time.monotonic())
+        return finished
+
+    engine.step = timed_step
+    completions = engine.generate(
+        ["Write a question:"] * num_prompts,
+        negative_prompts=["One question? Another question?\nWrite a question:"] * num_prompts,
+        guidance=guidance,
+        sampling=SamplingParams(top_p=0.9, max_tokens=MAX_TOKENS, ignore_eos=True),
+    )
+    engine.step = step
+    assert [len(c.token_ids) for c in completions] == [MAX_TOKENS] * num_prompts
+    return statistics.median(b - a for a, b in itertools.pairwise(steps_at))
 
 
 def main() -> None:
@@ -94,8 +110,7 @@ def main() -> None:
     parser.add_argument("--measure-only", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure_only:
-        paths = arguments.work / "base", arguments.work / "adapter"
-        measure(*paths, arguments.prompts, arguments.weight_dtype)
+        measure(arguments.work, arguments.prompts, arguments.weight_dtype)
         return
     values = json.loads(arguments.config.read_text()) if arguments.config else FALCON_7B
     ensure_checkpoints(arguments.work, values, tokenizer=arguments.tokenizer, with_finetune=False)

@@ -174,6 +174,8 @@ class Case:
             self._time(side, self.settings.new_tokens, seed=0)
         for repeat in range(self.settings.repeats):
             for side, row in zip(sides, rows, strict=True):
+                if self.settings.settle:
+                    self._time(side, self.settings.new_tokens, seed=0)
                 row["seconds"].append(self._time(side, self.settings.new_tokens, 100 + repeat))
         for side in sides:
             side.close()
@@ -249,6 +251,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="0: estimates from short runs alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument(
+        "--settle",
+        action="store_true",
+        help="run each side untimed before it is timed: runs of milliseconds would else pay for "
+        "caches and threads that the side before them left",
+    )
     parser.add_argument("--no-check", action="store_true", help="checked in an earlier run")
     parser.add_argument("--output", type=Path)
     settings = parser.parse_args()
