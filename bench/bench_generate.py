@@ -108,7 +108,7 @@ class Case:
     def _texts(self, seed: int):
         settings = self.settings
         sizes = (settings.prompt_tokens, settings.negative_tokens)
-        return make_texts(settings.vocab_size, self.batch, *sizes, seed=seed)
+        return make_texts(settings.vocab_size, self.batch, *sizes, seed=seed, share=settings.share)
 
     def _time(self, side: Side, num_new: int, seed: int) -> float:
         return side.time(self._texts(seed), num_new, self.clock)
@@ -197,7 +197,7 @@ class Case:
         ceilings = measure_ceilings(work.weight_bytes, self.clock)
         lengths = (settings.prompt_tokens, settings.negative_tokens)
         prefill, decode = floor_s(
-            work, ceilings, self.mode, self.batch, lengths, settings.new_tokens
+            work, ceilings, self.mode, self.batch, lengths, settings.new_tokens, settings.share
         )
         total = prefill + decode
         floors = {name: round(value, 1) for name, value in asdict(ceilings).items()}
@@ -241,6 +241,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hf-dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--compiled", action="store_true", help="try torch.compile as well")
     parser.add_argument("--variants", nargs="*", help="only HF's whose label has such a word")
+    parser.add_argument("--share", action="store_true", help="all negatives begin with one text")
     parser.add_argument("--no-hf", action="store_true", help="leave Hugging Face out")
     parser.add_argument("--llama", type=Path, help="the interpreter that has llama-cpp-python")
     parser.add_argument("--llama-dtype", nargs="+", default=["bfloat16"])

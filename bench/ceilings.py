@@ -85,12 +85,19 @@ class Work:
 
 
 def floor_s(
-    work: Work, ceilings: Ceilings, mode: str, batch: int, lengths: tuple[int, int], num_new: int
+    work: Work,
+    ceilings: Ceilings,
+    mode: str,
+    batch: int,
+    lengths: tuple[int, int],
+    num_new: int,
+    share: bool = False,
 ) -> tuple[float, float]:
     """Seconds that (prefill, all decode steps) take at least.
 
     A weight set costs its bytes or its products, whichever is more; every pass reads its K and V.
     lengths: tokens of a prompt, and of a negative prompt.
+    share: all negative prompts begin with one text, which is prefilled once.
     """
     prompt_len, negative_len = lengths
     pass_lens = {PassKind.DOMAIN: prompt_len}
@@ -102,9 +109,11 @@ def floor_s(
     else:
         sets = [tuple(pass_lens)]
     flops, read = 1e9 * ceilings.matrix_gflop_s, 1e9 * ceilings.read_gb_s
+    num_prefilled = {kind: batch * (length - 1) for kind, length in pass_lens.items()}
+    if share and PassKind.NEGATIVE in num_prefilled:
+        num_prefilled[PassKind.NEGATIVE] -= (batch - 1) * (negative_len - prompt_len)
     prefill = sum(
-        2 * work.body_weights * batch * sum(pass_lens[k] - 1 for k in kinds) / flops
-        for kinds in sets
+        2 * work.body_weights * sum(num_prefilled[k] for k in kinds) / flops for kinds in sets
     )
     weights = work.body_weights + work.head_weights
     step = sum(

@@ -16,11 +16,17 @@ TOP_P = 0.9
 
 
 def make_texts(
-    vocab_size: int, num_seqs: int, prompt_tokens: int, negative_tokens: int, seed: int = 0
+    vocab_size: int,
+    num_seqs: int,
+    prompt_tokens: int,
+    negative_tokens: int,
+    seed: int = 0,
+    *,
+    share: bool = False,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Random prompts, and negatives of negative_tokens in all that end with their prompt.
 
-    No two share a prefix, so neither side can skip prefill.
+    No two share a prefix, so neither side can skip prefill; with share, all negatives begin alike.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -28,7 +34,8 @@ def make_texts(
         return torch.randint(1, vocab_size, (num_tokens,), generator=generator).tolist()
 
     prompts = [text(prompt_tokens) for _ in range(num_seqs)]
-    negatives = [text(negative_tokens - prompt_tokens) + prompt for prompt in prompts]
+    fronts = [text(negative_tokens - prompt_tokens) for _ in range(1 if share else num_seqs)]
+    negatives = [fronts[0 if share else i] + prompt for i, prompt in enumerate(prompts)]
     return prompts, negatives
 
 
