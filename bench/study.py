@@ -24,7 +24,7 @@ import numpy as np
 from conditions import describe_machine
 
 from steer_engine import Engine, Method
-from steer_engine.evaluate import Evaluation, evaluate
+from steer_engine.evaluate import TRAINING_SET, Evaluation, evaluate
 from steer_engine.recipes import RECIPES, Recipe
 
 TOP_P = 0.9
@@ -68,10 +68,11 @@ def study_methods() -> dict[str, Entry]:
         guided[f"STEER released {name}, normalized"] = Method.of(
             "steer", normalize=True, **settings
         )
-    guided["STEER as printed 0.2, 0.2"] = Method.of("steer", gamma=0.2, eta=0.2, form="paper")
-    guided["STEER as printed 0.2, 0.2, normalized"] = Method.of(
-        "steer", gamma=0.2, eta=0.2, form="paper", normalize=True
-    )
+    for strength in (0.1, 0.2, 0.4):
+        settings = {"gamma": strength, "eta": strength, "form": "paper"}
+        name = f"STEER as printed {strength}, {strength}"
+        guided[name] = Method.of("steer", **settings)
+        guided[f"{name}, normalized"] = Method.of("steer", normalize=True, **settings)
     guided["expert guidance 0.2"] = Method.of("contrastive", gamma=0.2)
     guided["negative prompting 0.2"] = Method.of("negative", eta=0.2)
     entries = {
@@ -131,21 +132,29 @@ def run_parent(settings, seed: int) -> Path:
 
 
 def evaluate_seed(settings, seed: int) -> Evaluation:
+    """The sets of one seed; those that an earlier call has evaluated are not evaluated again.
+
+    Hull scores depend on the sets that share a map, so they compare only within one call.
+    """
     path = settings.work / f"evaluation-{seed}.json"
-    if path.exists():
-        return Evaluation.read(path)
-    sets = {name: run_parent(settings, seed) / file_name(name) for name in study_methods()}
-    result = evaluate(
-        sets,
-        settings.real,
-        train=settings.train,
-        tokenizer=settings.base,
-        seed=seed,
-        sample_size=settings.sample_size,
-        progress=True,
-    )
-    result.write(path)
-    return result
+    known = Evaluation.read(path) if path.exists() else None
+    there = {one.name: one for one in known.sets} if known else {}
+    missing = [name for name in study_methods() if name not in there]
+    if missing:
+        result = evaluate(
+            {name: run_parent(settings, seed) / file_name(name) for name in missing},
+            settings.real,
+            train=settings.train,
+            tokenizer=settings.base,
+            seed=seed,
+            sample_size=known.sample_size if known else settings.sample_size,
+            progress=True,
+        )
+        there = {one.name: one for one in result.sets} | there
+        order = [*study_methods(), TRAINING_SET]
+        known = replace(result, sets=[there[name] for name in order])
+        known.write(path)
+    return known
 
 
 def collect(evaluations: list[Evaluation], accept) -> dict[str, dict[str, list[float]]]:
