@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from helpers import call, hf_model, lora_model, one_line, save
 
-from steer_engine import SyntheticDataset, cli, embedded
+from steer_engine import Engine, SyntheticDataset, embedded
+from steer_engine.cli.demo import new_directory
 
 PROMPT = "the question in the"
 
@@ -263,7 +264,7 @@ def test_an_output_that_cannot_be_written_fails_before_the_model_is_loaded(
     def must_not_load(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(cli.Engine, "from_pretrained", must_not_load)
+    monkeypatch.setattr(Engine, "from_pretrained", must_not_load)
     (tmp_path / "file").write_text("")
     status, _, stderr = call(capsys, *generate_arguments(pair, tmp_path / "file" / "run"))
     assert status == 1
@@ -312,7 +313,7 @@ def test_an_interrupt_before_the_first_example_still_says_how_to_resume(
         raise KeyboardInterrupt
 
     # Hashing large checkpoints takes a while, and the run directory is not written yet.
-    monkeypatch.setattr(cli.Engine, "sha256", interrupted)
+    monkeypatch.setattr(Engine, "sha256", interrupted)
     signals = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         status, _, stderr = call(capsys, *generate_arguments(pair, tmp_path / "run"))
@@ -348,6 +349,24 @@ def test_demo_writes_questions_with_the_embedded_pair(tmp_path):
 
 def test_demo_without_output_takes_a_new_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert cli._new_directory(Path("runs"), "demo") == Path("runs/demo")
+    assert new_directory(Path("runs"), "demo") == Path("runs/demo")
     Path("runs/demo").mkdir(parents=True)
-    assert cli._new_directory(Path("runs"), "demo") == Path("runs/demo-2")
+    assert new_directory(Path("runs"), "demo") == Path("runs/demo-2")
+
+
+def test_help_brings_no_heavy_package_along():
+    code = """
+import sys
+from steer_engine.cli import main
+try:
+    main()
+finally:
+    print([name for name in sys.argv[2].split(",") if name in sys.modules])
+"""
+    heavy = "transformers,peft,datasets,pandas,pyarrow,scipy,sklearn,umap,numba,xgboost,"
+    heavy += "sentence_transformers,matplotlib,jinja2,triton"
+    arguments = [sys.executable, "-c", code, "--help", heavy]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Commands:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,7 +22,6 @@ from steer_engine import (
     RunError,
     SamplingParams,
     SyntheticDataset,
-    cli,
 )
 from steer_engine.evaluate import Better, Estimate, Evaluation, Group, Metric, SetEvaluation
 from steer_engine.report.sweep_figures import sweep_figures, write_figures
@@ -198,7 +198,7 @@ def evaluations(monkeypatch) -> list[dict]:
         )
 
     monkeypatch.setattr("steer_engine.evaluate.evaluate", evaluate, raising=False)
-    monkeypatch.setattr("steer_engine.sweep_command.MIN_TEXTS", 1)
+    monkeypatch.setattr("steer_engine.cli.sweep_checks.MIN_TEXTS", 1)
     return calls
 
 
@@ -519,7 +519,7 @@ def test_held_out_texts_are_compared_with_and_real_ones_are_the_training_set(
     model.mkdir()
     (model / "config.json").write_text("{}")
     more += ["--embedder", model, "--diversity", "mauve", "--likeness", "distinct_3"]
-    monkeypatch.setattr("steer_engine.sweep_command.check_number", lambda *_, **__: None)
+    monkeypatch.setattr("steer_engine.cli.sweep_checks.check_number", lambda *_, **__: None)
     status, _, stderr = call(capsys, *sweep_arguments(tiny_models, real, tmp_path / "out", *more))
     assert status == 0, stderr
     (given,) = evaluations
@@ -557,7 +557,7 @@ def test_a_bad_grid_is_named_before_a_model_is_loaded(
     def must_not_load(*_, **__):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(cli.Engine, "from_pretrained", must_not_load)
+    monkeypatch.setattr(Engine, "from_pretrained", must_not_load)
     arguments = sweep_arguments(tiny_models, real, tmp_path / "out", *more)
     status, _, stderr = call(capsys, *arguments)
     assert status == 2
@@ -579,7 +579,7 @@ def test_a_bad_grid_is_named_before_a_model_is_loaded(
 def test_what_a_comparison_lacks_is_said_before_a_model_is_loaded(
     capsys, monkeypatch, tiny_models, real, tmp_path, more, expected_status, expected
 ):
-    monkeypatch.setattr(cli.Engine, "from_pretrained", None)
+    monkeypatch.setattr(Engine, "from_pretrained", None)
     arguments = sweep_arguments(tiny_models, real, tmp_path / "out", "--gamma", "0,1", *more)
     status, _, stderr = call(capsys, *arguments)
     assert status == expected_status
@@ -587,11 +587,11 @@ def test_what_a_comparison_lacks_is_said_before_a_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("where", ["evaluate.evaluation.EXTRA", "sweep_command.DRAWING"])
+@pytest.mark.parametrize("where", ["evaluate.evaluation.EXTRA", "cli.sweep_checks.DRAWING"])
 def test_a_missing_package_is_named_before_a_model_is_loaded(
     capsys, monkeypatch, tiny_models, real, tmp_path, where
 ):
-    monkeypatch.setattr(cli.Engine, "from_pretrained", None)
+    monkeypatch.setattr(Engine, "from_pretrained", None)
     monkeypatch.setattr(f"steer_engine.{where}_MODULES", ("no_such_module",))
     arguments = sweep_arguments(tiny_models, real, tmp_path / "out", "--gamma", "0,1")
     status, _, stderr = call(capsys, *arguments)
@@ -647,8 +647,8 @@ def test_another_grid_in_the_same_directory_is_refused(capsys, tiny_models, real
 
 
 def test_an_interrupt_says_how_to_resume(capsys, monkeypatch, tiny_models, real, tmp_path):
-    signals = {n: cli.signal.getsignal(n) for n in (cli.signal.SIGINT, cli.signal.SIGTERM)}
-    step, num_steps = cli.Engine.step, 0
+    signals = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    step, num_steps = Engine.step, 0
 
     def interrupting(engine, seed):
         nonlocal num_steps
@@ -657,13 +657,13 @@ def test_an_interrupt_says_how_to_resume(capsys, monkeypatch, tiny_models, real,
             raise KeyboardInterrupt
         return step(engine, seed)
 
-    monkeypatch.setattr(cli.Engine, "step", interrupting)
+    monkeypatch.setattr(Engine, "step", interrupting)
     arguments = sweep_arguments(tiny_models, real, tmp_path / "out", "--no-evaluate")
     try:
         status, _, stderr = call(capsys, *arguments, "--gamma", "0,0.2")
     finally:
         for number, handler in signals.items():
-            cli.signal.signal(number, handler)
+            signal.signal(number, handler)
     assert status == 130
     num_safe = int(re.search(r"interrupted: (\d+) examples are safe", stderr)[1])
     assert 0 < num_safe < 12

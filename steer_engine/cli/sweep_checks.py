@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .dataset import read_texts
-from .errors import SteerError, check_number
-from .evaluate.embeddings import model_directory
-from .evaluate.evaluation import MIN_TEXTS, check_extra
-from .options import UsageError, flag
-from .sweep_results import check_measures
+from ..dataset import read_texts
+from ..errors import SteerError, check_number
+from ..evaluate.embeddings import model_directory
+from ..evaluate.evaluation import MIN_TEXTS, check_extra
+from ..options import UsageError, flag
+from ..sweep_results import check_measures
 
 DRAWING_MODULES = ("matplotlib", "jinja2")
 REMEDY = "or give --no-evaluate"

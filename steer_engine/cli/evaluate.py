@@ -1,0 +1,69 @@
+"""`steer-engine evaluate`: data sets beside real texts and each other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import out, set_up_logging
+from .typer_options import Debug
+
+
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories or files of texts.")],
+    real: Annotated[Path, typer.Option(help="Real texts that the model was not trained on.")],
+    train: Annotated[Path | None, typer.Option(help="The model's training texts.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the base checkpoint. [default: the embedded pair's]"),
+    ] = None,
+    embedder: Annotated[
+        Path | None,
+        typer.Option(help="sentence-transformers model. [default: all-MiniLM-L6-v2]"),
+    ] = None,
+    sample_size: Annotated[
+        int | None, typer.Option(help="Texts of each set. [default: as many as the smallest has]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Result as JSON. [default: evaluation.json in the first run directory]"),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Names of those to compute, with commas. [default: all but downstream]"),
+    ] = None,
+    downstream: Annotated[
+        bool, typer.Option("--downstream", help="Train models on the sets, test on real texts.")
+    ] = False,
+    progress: Annotated[bool, typer.Option(help="Show progress.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Compare synthetic data sets with real texts and with each other."""
+    from .. import evaluate as evaluation
+    from ..evaluate.command import choose_tokenizer, default_output, result_table
+
+    set_up_logging()
+    directory, notes = choose_tokenizer(tokenizer, runs)
+    result = evaluation.evaluate(
+        runs,
+        real,
+        train=train,
+        tokenizer=directory,
+        seed=seed,
+        sample_size=sample_size,
+        embedder=embedder,
+        metrics=metrics and [name.strip() for name in metrics.split(",")],
+        downstream=downstream,
+        progress=progress,
+    )
+    result = replace(result, notes=[*notes, *result.notes])
+    output = output or default_output(runs[0])
+    result.write(output)
+    out.print(result_table(result))
+    for note in result.notes:
+        out.print(f"- {note}", markup=False)
+    out.print(f"evaluation: {output}", markup=False, soft_wrap=True)
