@@ -55,17 +55,33 @@ class Option:
 OPTIONS = (
     Option("base", str, None, "Directory of the base model's checkpoint.", "required"),
     Option(
-        "domain", str, None, "Directory of the domain model: a full fine-tune or a LoRA adapter."
+        "domain",
+        str,
+        None,
+        "Directory of the domain model: a LoRA adapter of the base, or a full fine-tune.",
     ),
     Option(
-        "real", str, None, "Real examples for the negative prompts: .jsonl, .csv, .parquet, .txt."
+        "real",
+        str,
+        None,
+        "File of real examples for the negative prompts: .jsonl, .csv, .parquet or .txt.",
     ),
-    Option("recipe", str, None, "A task that fills in what is not given: see `prepare --help`."),
-    Option("prompt", str, None, "The instruction that every example continues.", "required"),
-    Option("prompts", str, None, "YAML or JSON file {label: instruction}, in place of --prompt."),
-    Option("num_examples", int, None, "Size of the data set.", "required"),
-    Option("output", str, None, "Run directory.", "required"),
-    Option("resume", bool, True, "Go on with a run that the directory holds."),
+    Option(
+        "recipe",
+        str,
+        None,
+        "Take what is not given from a known task: one of `prepare --help`.",
+    ),
+    Option("prompt", str, None, "The instruction that every example answers."),
+    Option(
+        "prompts",
+        str,
+        None,
+        "YAML or JSON file of {label: instruction}, taken in turn, in place of --prompt.",
+    ),
+    Option("num_examples", int, None, "How many examples to write.", "required"),
+    Option("output", str, None, "Directory to write the run to.", "required"),
+    Option("resume", bool, True, "Go on with an unfinished run that the directory holds."),
     Option("seed", int, 0, "Seed of every random choice."),
     Option(
         "method",
@@ -74,66 +90,180 @@ OPTIONS = (
         f"How to decode: {', '.join(METHODS)}.",
         "steer with --domain, else none",
     ),
-    Option("gamma", float, None, "Strength of contrastive expert guidance.", f"{_steer['gamma']}"),
-    Option("eta", float, None, "Strength of negative prompting.", f"{_steer['eta']}"),
-    Option("form", str, None, "Form of steer or negative: paper or released.", f"{_steer['form']}"),
-    Option("scale", float, None, "Scale of classifier-free guidance.", f"{_cfg['scale']}"),
-    Option("alpha", float, None, "Plausibility cut of a guided method.", "off"),
-    Option("normalize", bool, None, "Divide the weights by their sum.", "off"),
-    Option("in_context", bool, None, "Put the negative examples in front of the prompt.", "off"),
-    Option("num_negatives", str, str(_negatives.num_examples), "Negative examples, or max."),
-    Option("template", str, _negatives.template, "Layout of the negative prompt."),
-    Option("separator", str, _negatives.separator, "Stands between negative examples."),
     Option(
-        "lag", int, None, "How far behind a synthetic example becomes a negative.", "max-num-seqs"
+        "gamma",
+        float,
+        None,
+        "How strongly to steer away from the base model.",
+        f"{_steer['gamma']}",
     ),
-    Option("share", int, _negatives.share, "Consecutive examples that share their negatives."),
-    Option("negative_max_tokens", int, None, "Longest negative prompt.", "what the context leaves"),
-    Option("temperature", float, None, "Divides the combined logits; 0 is greedy.", "1"),
-    Option("top_p", float, None, "Mass of the nucleus.", f"{_steer['top_p']} where it applies"),
+    Option(
+        "eta",
+        float,
+        None,
+        "How strongly to steer away from the negative examples.",
+        f"{_steer['eta']}",
+    ),
+    Option(
+        "form",
+        str,
+        None,
+        "Formula of steer and negative: paper, or the authors' released code.",
+        f"{_steer['form']}",
+    ),
+    Option(
+        "scale", float, None, "Scale of classifier-free guidance (method cfg).", f"{_cfg['scale']}"
+    ),
+    Option(
+        "alpha",
+        float,
+        None,
+        "Leave out tokens less likely than this share of the likeliest one's probability.",
+        "off",
+    ),
+    Option(
+        "normalize",
+        bool,
+        None,
+        "Divide the guidance weights by their sum, so that they change no temperature.",
+        "off",
+    ),
+    Option(
+        "in_context",
+        bool,
+        None,
+        "Without guidance: show the model real examples in front of the prompt.",
+        "off",
+    ),
+    Option(
+        "num_negatives",
+        str,
+        str(_negatives.num_examples),
+        "Negative examples in each negative prompt; max: as many as fit.",
+    ),
+    Option(
+        "template",
+        str,
+        _negatives.template,
+        "Layout of the negative prompt, with {examples} and {prompt}.",
+    ),
+    Option("separator", str, _negatives.separator, "Text between two negative examples."),
+    Option(
+        "lag",
+        int,
+        None,
+        "An example becomes a negative for those more than so many after it.",
+        "max-num-seqs",
+    ),
+    Option(
+        "share",
+        int,
+        _negatives.share,
+        "So many consecutive examples share their negatives, which is faster.",
+    ),
+    Option(
+        "negative_max_tokens",
+        int,
+        None,
+        "Longest negative prompt in tokens.",
+        "what the context leaves",
+    ),
+    Option(
+        "temperature",
+        float,
+        None,
+        "Higher is more random; 0 always takes the likeliest token.",
+        "1",
+    ),
+    Option(
+        "top_p",
+        float,
+        None,
+        "Draw from the likeliest tokens that together have this probability.",
+        f"{_steer['top_p']} where it applies",
+    ),
     Option(
         "top_k",
         int,
         None,
-        "Tokens kept before top-p, or the candidates of contrastive-search.",
+        "Draw from so many of the likeliest tokens; with contrastive-search its candidates.",
         f"{_top_k['top_k']} with top-k, {_search['top_k']} with contrastive-search, else off",
     ),
     Option(
         "penalty_alpha",
         float,
         None,
-        "Weight of contrastive-search's degeneration penalty.",
+        "How strongly contrastive-search avoids repetition.",
         f"{_search['penalty_alpha']}",
     ),
     Option("max_tokens", int, _sampling.max_tokens, "Longest example in tokens."),
-    Option("min_tokens", int, _sampling.min_tokens, "No example ends before so many tokens."),
+    Option("min_tokens", int, _sampling.min_tokens, "Shortest example in tokens."),
     Option("stop", list, None, "A string that ends an example; may be repeated.", "none"),
     Option("stop_token_ids", str, None, "Token ids that end an example, comma-separated.", "none"),
-    Option("ignore_eos", bool, _sampling.ignore_eos, "Go on after the end-of-text token."),
+    Option(
+        "ignore_eos", bool, _sampling.ignore_eos, "Let examples go on after the end-of-text token."
+    ),
     Option("include_stop", bool, _sampling.include_stop, "Keep the stop string in the text."),
-    Option("max_attempts", int, 10, "Draws per example, if the sampler fails on it."),
-    Option("until", float, None, "Stop once new 3-grams fall below this share.", "off"),
-    Option("until_window", int, Convergence(0.0).window, "Examples over which --until looks."),
-    Option("max_num_seqs", int, _machine.max_num_seqs, "Sequences that run side by side."),
-    Option("max_model_len", int, None, "Longest prompt plus example.", "the model's context"),
-    Option("kv_cache_gib", float, None, "Size of the KV cache.", "as needed, within free memory"),
-    Option("device", str, _machine.device, "auto, cpu, cuda or cuda:N."),
-    Option("dtype", str, _machine.dtype, "auto, float32 or bfloat16."),
-    Option("weight_dtype", str, _machine.weight_dtype, "auto (as dtype) or int8."),
-    Option("backend", str, _machine.backend, "auto, reference, cpu, triton or cuda."),
+    Option(
+        "max_attempts",
+        int,
+        10,
+        "Draw an example at most so often if it is rejected or the sampler fails.",
+    ),
+    Option(
+        "until", float, None, "Stop early once less than this share of the 3-grams is new.", "off"
+    ),
+    Option("until_window", int, Convergence(0.0).window, "Examples over which --until counts."),
+    Option("max_num_seqs", int, _machine.max_num_seqs, "Examples that are decoded side by side."),
+    Option(
+        "max_model_len", int, None, "Longest prompt plus example in tokens.", "the model's context"
+    ),
+    Option(
+        "kv_cache_gib", float, None, "Size of the KV cache in GiB.", "as needed, within free memory"
+    ),
+    Option("device", str, _machine.device, "Where to run: auto, cpu, cuda or cuda:N."),
+    Option("dtype", str, _machine.dtype, "Precision: auto, float32 or bfloat16."),
+    Option(
+        "weight_dtype",
+        str,
+        _machine.weight_dtype,
+        "How weights are stored: auto (as dtype) or int8.",
+    ),
+    Option(
+        "backend", str, _machine.backend, "Kernels to use: auto, reference, cpu, triton or cuda."
+    ),
     Option("progress", bool, True, "Show a progress bar."),
 )
 SWEEP_OPTIONS = (
     *(
-        replace(o, kind=str, help=f"{o.help} Values with commas.") if o.name in AXES else o
+        replace(o, kind=str, help=f"{o.help} Several values, with commas, make an axis.")
+        if o.name in AXES
+        else o
         for o in OPTIONS
     ),
-    Option("evaluate", bool, True, "Compare the cells when they are written."),
-    Option("held_out", str, None, "Real examples to compare with, unseen so far.", "those of real"),
-    Option("sample_size", int, None, "Texts of each cell that are compared.", "all"),
-    Option("embedder", str, None, "Directory of the embedding model.", "the one that is installed"),
-    Option("diversity", str, DIVERSITY, "Metric of diversity in the table and the figures."),
-    Option("likeness", str, LIKENESS, "Metric of likeness in the table and the figures."),
+    Option(
+        "evaluate",
+        bool,
+        True,
+        "Compare the cells once they are written; needs --real or --held-out.",
+    ),
+    Option(
+        "held_out",
+        str,
+        None,
+        "File of real examples to compare with, not used for training.",
+        "those of --real",
+    ),
+    Option("sample_size", int, None, "How many texts of each cell are compared.", "all"),
+    Option(
+        "embedder",
+        str,
+        None,
+        "Directory of a sentence-transformers model.",
+        "the installed all-MiniLM-L6-v2",
+    ),
+    Option("diversity", str, DIVERSITY, "Metric for diversity in table and figures."),
+    Option("likeness", str, LIKENESS, "Metric for likeness to real texts in table and figures."),
 )
 
 

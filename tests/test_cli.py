@@ -370,3 +370,26 @@ finally:
     assert done.returncode == 0, done.stderr
     assert "Commands:" in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_lists_the_commands_in_the_order_of_their_use(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, stdout, _ = call(capsys, "--help")
+    listed = stdout.split("Commands:\n")[1].splitlines()
+    assert status == 0
+    assert [line.split()[0] for line in listed] == [
+        "demo", "generate", "evaluate", "sweep", "report", "finetune", "prepare", "win-rate",
+        "info",
+    ]  # fmt: skip
+    assert "..." not in stdout.split("Options:")[1], "a command's help is cut off"
+
+
+def test_help_says_defaults_as_one_would_write_them(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    status, stdout, _ = call(capsys, "generate", "--help")
+    words = " ".join(stdout.split())
+    assert status == 0
+    assert "cuda or cuda:N. [default: auto]" in words
+    assert "Keep the stop string in the text. [default: on]" in words
+    assert "Text between two negative examples. [default: ' ']" in words
+    assert "The instruction that every example answers. --prompts" in words

@@ -10,28 +10,45 @@ import signal
 import sys
 
 import typer
+from typer.core import TyperGroup
 
 from ..errors import SteerError
 from . import demo, evaluate, finetune, generate, info, prepare, report, sweep, win_rate
 from .console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, err
 
+HELP_WIDTH = 100
+# What a newcomer needs first.
+ORDER = (
+    "demo", "generate", "evaluate", "sweep", "report", "finetune", "prepare", "win-rate", "info",
+)  # fmt: skip
+
+
+class _CommandsInOrder(TyperGroup):
+    """Lists commands as ORDER does; typer would put groups of commands last."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+
 app = typer.Typer(
     name="steer-engine",
+    cls=_CommandsInOrder,
+    context_settings={"max_content_width": HELP_WIDTH},
     help="Write synthetic text data sets with STEER guidance on Falcon models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(generate.generate)
-app.command()(sweep.sweep)
 app.command()(demo.demo)
-app.command()(report.report)
-app.command(help=prepare.HELP)(prepare.prepare)
-app.command()(finetune.finetune)
+app.command()(generate.generate)
 app.command()(evaluate.evaluate)
-app.command()(info.info)
+app.command()(sweep.sweep)
+app.command()(report.report)
+app.command()(finetune.finetune)
+app.command(help=prepare.HELP)(prepare.prepare)
 app.add_typer(win_rate.app, name="win-rate")
+app.command()(info.info)
 
 
 def main() -> None:

@@ -21,14 +21,15 @@ from .typer_options import Debug
 
 
 def demo(
-    num_examples: Annotated[int, typer.Option(min=1, help="Size of the data set.")] = 100,
+    num_examples: Annotated[int, typer.Option(min=1, help="How many examples to write.")] = 100,
     output: Annotated[
-        Path | None, typer.Option(help="Run directory. [default: a new one below runs/]")
+        Path | None,
+        typer.Option(help="Directory to write the run to. [default: a new one below runs/]"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every random choice.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Write a data set with the embedded tiny Falcon pair, and its report."""
+    """Write a data set and its report with the built-in tiny models."""
     set_up_logging()
     output = output or new_directory(Path("runs"), "demo")
     started_at = time.monotonic()

@@ -13,31 +13,52 @@ from .typer_options import Debug
 
 
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories or files of texts.")],
-    real: Annotated[Path, typer.Option(help="Real texts that the model was not trained on.")],
-    train: Annotated[Path | None, typer.Option(help="The model's training texts.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Run directories, or files of texts.")
+    ],
+    real: Annotated[
+        Path, typer.Option(help="File of real texts that the model was not trained on.")
+    ],
+    train: Annotated[
+        Path | None, typer.Option(help="File of the texts that the model was trained on.")
+    ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="Directory of the base checkpoint. [default: the embedded pair's]"),
+        typer.Option(
+            help="Directory of the base checkpoint, to count n-grams with. [default: the demo's]"
+        ),
     ] = None,
     embedder: Annotated[
         Path | None,
-        typer.Option(help="sentence-transformers model. [default: all-MiniLM-L6-v2]"),
+        typer.Option(
+            help="Directory of a sentence-transformers model. "
+            "[default: the installed all-MiniLM-L6-v2]"
+        ),
     ] = None,
     sample_size: Annotated[
-        int | None, typer.Option(help="Texts of each set. [default: as many as the smallest has]")
+        int | None,
+        typer.Option(
+            help="How many texts of each set are compared. [default: as many as the smallest has]"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     output: Annotated[
         Path | None,
-        typer.Option(help="Result as JSON. [default: evaluation.json in the first run directory]"),
+        typer.Option(
+            help="JSON file to write. [default: evaluation.json in the first run directory]"
+        ),
     ] = None,
     metrics: Annotated[
         str | None,
-        typer.Option(help="Names of those to compute, with commas. [default: all but downstream]"),
+        typer.Option(
+            help="Names of the metrics to compute, with commas. [default: all but downstream]"
+        ),
     ] = None,
     downstream: Annotated[
-        bool, typer.Option("--downstream", help="Train models on the sets, test on real texts.")
+        bool,
+        typer.Option(
+            "--downstream", help="Also train classifiers on the sets, and test them on real texts."
+        ),
     ] = False,
     progress: Annotated[bool, typer.Option(help="Show progress.")] = True,
     debug: Debug = False,

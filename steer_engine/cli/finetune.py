@@ -21,7 +21,7 @@ def finetune(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Learn the domain model from real examples, as a LoRA adapter of the base."""
+    """Learn the domain model from real examples, as a LoRA adapter."""
     set_up_logging(verbose)
     values = complete(given, options=FINETUNE_OPTIONS)
     required(values, "base", "train", "output")

@@ -33,7 +33,7 @@ def generate(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Write a synthetic data set from a base model, a domain model and real examples."""
+    """Write a data set from a base, a domain model and real examples."""
     set_up_logging(verbose)
     values = complete_run(given, config, OPTIONS)
     required(values, "base", "num_examples", "output")

@@ -11,10 +11,11 @@ from rich.table import Table
 from .. import ops
 from ..machine import available_bytes, has_fast_bf16, max_cache_bytes
 from .console import out
+from .typer_options import Debug
 
 
-def info() -> None:
-    """Show device, backends and versions."""
+def info(debug: Debug = False) -> None:
+    """Show device, memory, backends and versions."""
     table = Table(show_header=False)
     table.add_row("steer-engine", version("steer-engine"))
     table.add_row("python", platform.python_version())

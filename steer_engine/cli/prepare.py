@@ -19,15 +19,21 @@ HELP = "Turn a data set's original release into examples for finetune.\n\nRecipe
 
 
 def prepare(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe.", show_default=False)],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Name of a recipe.", show_default=False)
+    ],
     raw: Annotated[
         Path,
         typer.Argument(
-            help=".jsonl, .csv, .parquet or .txt, also .gz, .bz2, .xz.", show_default=False
+            metavar="FILE",
+            help="The release: .jsonl, .csv, .parquet or .txt, also .gz, .bz2, .xz.",
+            show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option(help="The .jsonl to write.", show_default=False)],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw that balances labels.")] = 0,
+    output: Annotated[Path, typer.Option(help="The .jsonl file to write.", show_default=False)],
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the draw that makes labels equally many.")
+    ] = 0,
     debug: Debug = False,
 ) -> None:
     """Write what HELP says, since a docstring cannot list recipes."""

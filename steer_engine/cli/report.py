@@ -15,31 +15,39 @@ def report(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RUN...]",
+            metavar="RUN",
             help="Run directories, the main one first; none for a report about a sweep.",
         ),
     ] = None,
     real: Annotated[
-        Path | None, typer.Option(help="Real texts to compare with, held out from training.")
+        Path | None, typer.Option(help="File of real texts to compare with, not used for training.")
     ] = None,
-    train: Annotated[Path | None, typer.Option(help="The texts that the model saw.")] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="File of the texts that the model was trained on.")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Directory of the base checkpoint, to count n-grams with.")
     ] = None,
     evaluation: Annotated[
         Path | None,
-        typer.Option(help="[default: evaluation.json in the first run directory, if it fits]"),
+        typer.Option(
+            help="Result of `evaluate`. "
+            "[default: evaluation.json in the first run directory, if it fits]"
+        ),
     ] = None,
     sweep: Annotated[
         Path | None, typer.Option(help="A sweep's directory, for its best cells and figures.")
     ] = None,
-    title: Annotated[str | None, typer.Option(help="[default: the prompt]")] = None,
+    title: Annotated[
+        str | None, typer.Option(help="Heading of the page. [default: the prompt]")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="[default: report.html in the first directory]")
+        Path | None,
+        typer.Option(help="HTML file to write. [default: report.html in the first directory]"),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write one self-contained HTML page about runs: metrics, figures, examples."""
+    """Write an HTML page about runs or a sweep, with figures."""
     from ..report.inputs import ReportInputs
 
     set_up_logging()

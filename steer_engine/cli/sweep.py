@@ -30,7 +30,7 @@ def sweep(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Write a data set for every cell of a grid, in one batched run, and compare them."""
+    """Write data sets over a grid of strengths, and compare them."""
     set_up_logging(verbose)
     values = complete_run(given, config, SWEEP_OPTIONS)
     required(values, "base", "num_examples", "output")

@@ -13,11 +13,12 @@ from ..options import Option, complete, flag, read_run_file
 from ..recipes import find_recipe
 
 RunFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML run file; the command line comes before it.")
+    Path | None,
+    typer.Option("--config", help="YAML file of these options; the command line overrides it."),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Log what happens.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Log what happens to standard error.")]
 # main() looks for the flag itself; commands declare it to be allowed and shown.
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def with_options(options: Sequence[Option]) -> Callable:
@@ -62,7 +63,15 @@ def _shown_default(option: Option) -> str:
         return " [required]"
     if option.shown_default is None and option.default is None:
         return ""
-    return f" [default: {option.shown_default or repr(option.default)}]"
+    return f" [default: {option.shown_default or _spelled(option.default)}]"
+
+
+def _spelled(default: Any) -> str:
+    """A default as one would write it; quotes only where a text's ends would not be seen."""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    is_plain = f"{default}".isprintable() and f"{default}" == f"{default}".strip()
+    return f"{default}" if is_plain else repr(default)
 
 
 def complete_run(

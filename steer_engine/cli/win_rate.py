@@ -10,18 +10,23 @@ import typer
 from .console import out
 from .typer_options import Debug
 
-app = typer.Typer(no_args_is_help=True, help="Ask human judges which of two sets is better.")
+app = typer.Typer(no_args_is_help=True, help="Ask human judges which of two data sets is better.")
 
 
 @app.command("export")
 def export(
-    run_a: Annotated[Path, typer.Argument(help="Run directory, or a file of texts.")],
-    run_b: Annotated[Path, typer.Argument(help="What it is compared with.")],
-    output: Annotated[Path, typer.Option(help="Directory of the pairs and their key.")],
+    run_a: Annotated[
+        Path, typer.Argument(metavar="RUN_A", help="Run directory, or a file of texts.")
+    ],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="What it is compared with.")],
+    output: Annotated[Path, typer.Option(help="Directory to write the pairs and their key to.")],
     num_pairs: Annotated[
-        int | None, typer.Option(min=1, help="Pairs. [default: as many as there are]")
+        int | None,
+        typer.Option(min=1, help="How many pairs to write. [default: as many as there are]"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of pairs and sides.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of which texts meet, and on which side.")
+    ] = 0,
     debug: Debug = False,
 ) -> None:
     """Write blinded pairs of texts for human judges."""
@@ -38,10 +43,12 @@ def export(
 
 @app.command("score")
 def score(
-    directory: Annotated[Path, typer.Argument(help="Directory of the pairs, their key and votes.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Directory of the pairs, their key and the votes.")
+    ],
     debug: Debug = False,
 ) -> None:
-    """Count the judges' votes, and test whether the first set is the better one."""
+    """Count the judges' votes, and test whether the first set is better."""
     from ..evaluate.win_rate import score_votes
 
     out.print(score_votes(directory).describe(), markup=False, soft_wrap=True)

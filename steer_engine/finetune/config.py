@@ -76,24 +76,48 @@ class FinetuneConfig:
 _defaults = FinetuneConfig()
 FINETUNE_OPTIONS = (
     Option("base", str, None, "Directory of the base model's checkpoint.", "required"),
-    Option("train", str, None, "Real examples: .jsonl, .csv, .parquet, .txt.", "required"),
-    Option("output", str, None, "Directory of the adapter.", "required"),
-    Option("prompt", str, None, "The instruction that texts without a prompt of their own answer."),
-    Option("resume", bool, True, "Go on with a fine-tune that the directory holds."),
-    Option("rank", int, _defaults.rank, "LoRA's r, as in the paper."),
-    Option("alpha", int, _defaults.alpha, "LoRA's alpha, as in the paper."),
-    Option("dropout", float, _defaults.dropout, "Share of the adapter's inputs that is dropped."),
     Option(
-        "learning_rate", float, _defaults.learning_rate, "The highest; tiny models want about 2e-3."
+        "train", str, None, "File of real examples: .jsonl, .csv, .parquet or .txt.", "required"
     ),
-    Option("weight_decay", float, _defaults.weight_decay, "AdamW's."),
+    Option("output", str, None, "Directory to write the adapter to.", "required"),
+    Option(
+        "prompt", str, None, "The instruction that texts answer which have no prompt of their own."
+    ),
+    Option("resume", bool, True, "Go on with an unfinished fine-tune that the directory holds."),
+    Option("rank", int, _defaults.rank, "LoRA's rank r; the default is the paper's."),
+    Option("alpha", int, _defaults.alpha, "LoRA's alpha; the default is the paper's."),
+    Option(
+        "dropout",
+        float,
+        _defaults.dropout,
+        "Share of the adapter's inputs that is dropped in training.",
+    ),
+    Option(
+        "learning_rate",
+        float,
+        _defaults.learning_rate,
+        "Highest learning rate; tiny models want about 2e-3.",
+    ),
+    Option("weight_decay", float, _defaults.weight_decay, "AdamW's weight decay."),
     Option("epochs", int, _defaults.epochs, "How often every example is seen."),
-    Option("patience", int, _defaults.patience, "Stop after so many epochs without a best; 0: no."),
+    Option(
+        "patience",
+        int,
+        _defaults.patience,
+        "Stop after so many epochs without a lower held-out loss; 0: never.",
+    ),
     Option("batch_size", int, _defaults.batch_size, "Examples per update."),
-    Option("held_out_share", float, _defaults.held_out_share, "Share of the texts held out."),
-    Option("max_model_len", int, None, "Longest prompt plus text.", "the model's context"),
+    Option(
+        "held_out_share",
+        float,
+        _defaults.held_out_share,
+        "Share of the texts kept from training, to measure the loss on.",
+    ),
+    Option(
+        "max_model_len", int, None, "Longest prompt plus text in tokens.", "the model's context"
+    ),
     Option("seed", int, _defaults.seed, "Seed of every random choice."),
-    Option("device", str, _defaults.device, "auto, cpu, cuda or cuda:N."),
-    Option("dtype", str, _defaults.dtype, "Of the base: auto, float32 or bfloat16."),
+    Option("device", str, _defaults.device, "Where to train: auto, cpu, cuda or cuda:N."),
+    Option("dtype", str, _defaults.dtype, "Precision of the base: auto, float32 or bfloat16."),
     Option("progress", bool, True, "Show progress and losses."),
 )
