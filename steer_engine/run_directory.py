@@ -21,6 +21,8 @@ from .files import sync_directory, write_all, write_atomically
 
 SYNC_INTERVAL_S = 1.0
 MAX_DIFFERENCES_SHOWN = 3
+# What a command writes into its output directory, by the file that tells.
+KINDS = {"run.json": "a single run", "sweep.json": "a sweep", "finetune.json": "a fine-tune"}
 logger = logging.getLogger(__name__)
 
 
@@ -170,7 +172,10 @@ def lock_directory(path: Path) -> int:
 
 
 def check_usable(path: Path, resume: bool) -> None:
-    """Raise RunError if it holds a run and resume is False, or examples without run.json."""
+    """Raise RunError if it holds something else than a run, a run and resume is False, or examples
+    without run.json.
+    """
+    check_kind(path, "run.json")
     if (path / "run.json").exists():
         if not resume:
             raise RunError(f"{path}: holds a run already; resume it or choose another output")
@@ -178,10 +183,22 @@ def check_usable(path: Path, resume: bool) -> None:
         raise RunError(f"{path}: has examples.jsonl but no run.json; choose another output")
 
 
+def check_kind(path: Path, own: str) -> None:
+    """Raise RunError if a directory holds another of KINDS than that of the file `own`."""
+    for name, kind in KINDS.items():
+        if name != own and (path / name).exists():
+            raise RunError(f"{path}: holds {kind}; choose another output")
+
+
 def check_output(path: str | Path, resume: bool) -> None:
-    """Raise RunError, before a model is loaded, if an output directory cannot be used."""
-    os.close(lock_directory(Path(path)))
+    """Raise RunError, before a model is loaded, if a run's output directory cannot be used."""
+    check_writable(path)
     check_usable(Path(path), resume)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise RunError if an output directory cannot be made or is in use."""
+    os.close(lock_directory(Path(path)))
 
 
 def check_same_settings(path: Path, stored: dict, current: dict) -> None:

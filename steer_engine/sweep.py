@@ -22,7 +22,7 @@ from .dataset import SyntheticDataset
 from .engine import Engine
 from .errors import RunError
 from .files import write_atomically
-from .run_directory import lock_directory
+from .run_directory import check_kind, lock_directory
 
 AXES = ("gamma", "eta", "num_negatives")
 
@@ -120,13 +120,13 @@ def run_sweep(
 
 
 def check_grid(output: str | Path, cells: Sequence[SweepCell], resume: bool) -> None:
-    """Raise RunError if a directory holds a run, or a sweep that these cells may not go on with.
+    """Raise RunError if a directory holds something else, or a sweep that these cells may not go on
+    with.
 
     Where a sweep may be resumed, it may also grow: all its cells must be among these.
     """
     output = Path(output)
-    if (output / "run.json").exists():
-        raise RunError(f"{output}: holds a single run; choose another output")
+    check_kind(output, "sweep.json")
     names = {cell.name for cell in cells}
     for path in sorted(output.glob("cells/*/run.json")):
         if not resume:

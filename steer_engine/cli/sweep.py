@@ -12,7 +12,7 @@ from ..dataset import read_texts
 from ..engine import Engine
 from ..evaluate import Estimate
 from ..options import SWEEP_OPTIONS, UsageError, build_axes, required
-from ..run_directory import check_output
+from ..run_directory import check_writable
 from ..sweep import AXES, SweepCell, check_grid, grid, run_sweep
 from ..sweep_results import Comparison, evaluate_sweep, read_comparison
 from .console import NUM_SHOWN, command_line, err, out, set_up_logging
@@ -39,7 +39,7 @@ def sweep(
     if values["evaluate"]:
         check_evaluation(values)
     err.print(f"sweep: {len(requests)} cells of {values['num_examples']} examples")
-    check_output(output, values["resume"])
+    check_writable(output)
     check_grid(output, list(requests), values["resume"])
     engine = load_engine(values)
     with resumable(lambda: describe_examples(output, "cells/*/examples.jsonl")):

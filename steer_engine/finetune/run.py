@@ -24,7 +24,7 @@ from ..checkpoint import hash_files
 from ..errors import CheckpointError, RunError, SteerError
 from ..files import write_atomically
 from ..pair import ModelPair
-from ..run_directory import check_same_settings, lock_directory
+from ..run_directory import check_kind, check_same_settings, lock_directory
 from .config import FinetuneConfig
 from .data import TrainingExample, encode_example, read_examples, split_examples
 from .progress import TrainingProgress
@@ -121,6 +121,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _check_output(directory: Path, settings: dict, resume: bool) -> FinetuneRecord | None:
     """The record of an earlier call. Raises RunError if it may not be continued."""
+    check_kind(directory, RECORD_NAME)
     stored = FinetuneRecord.read(directory)
     if stored is not None:
         if not resume:
