@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+
+from .errors import RunError
 
 MAX_NAME_BYTES = 255
 
@@ -45,3 +48,31 @@ def write_atomically(path: Path, content: str) -> None:
         os.close(descriptor)
     os.replace(partial, path)
     sync_directory(path.parent)
+
+
+def write_output(path: Path, content: str) -> None:
+    """write_atomically for a file that the user named; makes its directory.
+
+    Raises: RunError if it cannot be written.
+    """
+    check_output_file(path)
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise RunError(_cannot_write(path, error)) from None
+
+
+def check_output_file(path: Path) -> None:
+    """Make a file's directory; RunError, before the work is done, if the file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path.parent, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise RunError(_cannot_write(path, error)) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return f"{path}: cannot be written ({error.strerror}); choose another output"

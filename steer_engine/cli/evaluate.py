@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..files import check_output_file
 from .console import out, set_up_logging
 from .typer_options import Debug
 
@@ -68,6 +69,8 @@ def evaluate(
     from ..evaluate.command import choose_tokenizer, default_output, result_table
 
     set_up_logging()
+    if output is not None:
+        check_output_file(output)
     directory, notes = choose_tokenizer(tokenizer, runs)
     result = evaluation.evaluate(
         runs,
@@ -77,7 +80,7 @@ def evaluate(
         seed=seed,
         sample_size=sample_size,
         embedder=embedder,
-        metrics=metrics and [name.strip() for name in metrics.split(",")],
+        metrics=None if metrics is None else [n.strip() for n in metrics.split(",") if n.strip()],
         downstream=downstream,
         progress=progress,
     )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..files import write_atomically
+from ..files import write_output
 from ..recipes import RECIPES, find_recipe
 from ..recipes import prepare as prepare_examples
 from .console import out
@@ -38,8 +38,7 @@ def prepare(
 ) -> None:
     """Write what HELP says, since a docstring cannot list recipes."""
     prepared = prepare_examples(find_recipe(recipe), raw, seed)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, "".join(e.to_json() + "\n" for e in prepared.examples))
+    write_output(output, "".join(e.to_json() + "\n" for e in prepared.examples))
     labels = "".join(f", {count} {label}" for label, count in prepared.num_by_label.items())
     out.print(
         f"{output}: {len(prepared.examples)} examples{labels}; {prepared.num_left_out} records "

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import write_atomically
+from ..files import write_output
 
 # The name of the row that real training texts have among the sets.
 TRAINING_SET = "training set"
@@ -138,8 +138,8 @@ class Evaluation:
         return -value if metric.better is Better.HIGHER else max(value, metric.floor)
 
     def write(self, path: str | Path) -> None:
-        """As JSON, atomically."""
-        write_atomically(Path(path), json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
+        """As JSON, atomically. Raises: RunError if it cannot be written."""
+        write_output(Path(path), json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> Evaluation:

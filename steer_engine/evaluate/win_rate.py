@@ -18,7 +18,7 @@ from statistics import NormalDist
 
 from ..dataset import SyntheticDataset, read_texts
 from ..errors import DataError, check_number
-from ..files import write_atomically
+from ..files import write_output
 
 PAIRS_FILE, KEY_FILE = "pairs.csv", "key.json"
 COLUMNS = ["id", "left", "right", "vote"]
@@ -74,6 +74,7 @@ def export_pairs(
         num_pairs: None: as many as the smaller set allows.
     Returns: the number of pairs.
     Raises: DataError if a set cannot be read, is too small, or output holds pairs already.
+        RunError if they cannot be written.
         ValueError if num_pairs or seed is out of range.
     """
     check_number("seed", seed, low=0, is_int=True)
@@ -95,9 +96,8 @@ def export_pairs(
         for number, ((ours, theirs), side) in enumerate(zip(pairs, sides, strict=True), start=1)
     ]
     key = {"a": str(a), "b": str(b), "seed": seed, "side_of_a": dict(enumerate(sides, start=1))}
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / KEY_FILE, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
-    write_atomically(output / PAIRS_FILE, _to_csv(rows))
+    write_output(output / KEY_FILE, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
+    write_output(output / PAIRS_FILE, _to_csv(rows))
     return len(pairs)
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..errors import DataError, RunError
+from ..errors import DataError
 from ..evaluate import Evaluation
-from ..files import write_atomically
+from ..files import write_output
 from .examples import example_payload
 from .figure import SERIES, Figure
 from .figures import evaluation_figures, length_figure
@@ -56,7 +56,8 @@ def write_report(
     Raises:
         ValueError: there is neither a run nor an evaluation, or the evaluation is not of these
             runs as they are now.
-        RunError: a run directory cannot be read. DataError: matplotlib or Jinja2 is missing.
+        RunError: a run directory cannot be read, or the page cannot be written.
+        DataError: matplotlib or Jinja2 is missing.
     """
     if not runs and evaluation is None:
         raise ValueError("a report needs a run directory or an evaluation")
@@ -71,11 +72,7 @@ def write_report(
     context = _context(sources, evaluation, real, title, lead, notes)
     context |= {"sweep": sweep, "sweep_table": sweep_table, "command": command}
     page = _template().render(**context | {"cells": _cells([*context["figures"], *sweep])})
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(path), page)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
+    write_output(Path(path), page)
 
 
 def _context(
