@@ -106,7 +106,9 @@ class SyntheticDataset(Sequence[Example]):
         run_dir = Path(run_dir)
         path = run_dir / "examples.jsonl"
         if not path.is_file():
-            raise RunError(f"{run_dir}: no examples.jsonl; give a run directory")
+            cells = run_dir / "cells"
+            place = f", such as those in {cells}" if cells.is_dir() else ""
+            raise RunError(f"{run_dir}: no examples.jsonl; give a run directory{place}")
         examples, _ = parse_examples(path)
         return cls(examples, read_summary(run_dir))
 
@@ -205,6 +207,8 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
     kind = "".join(suffixes[:-1][-1:] if is_compressed else suffixes[-1:])
     reader = readers.get(kind)
     if reader is None or (is_compressed and reader is _read_parquet):
+        if not suffixes and not path.exists():
+            raise DataError(f"{path}: no such file or directory")
         raise DataError(f"{path}: must be a {', '.join(readers)} file")
     try:
         yield from reader(path)

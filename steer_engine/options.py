@@ -272,12 +272,7 @@ def read_run_file(path: Path, options: Sequence[Option] = OPTIONS) -> dict[str, 
 
     Raises: UsageError for unknown names (with the nearest known one) and wrong types.
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    content = _read_yaml(path)
     if not isinstance(content, dict):
         raise UsageError(f"{path}: must hold a mapping of options")
     values, by_name = {}, {option.name: option for option in options}
@@ -287,6 +282,15 @@ def read_run_file(path: Path, options: Sequence[Option] = OPTIONS) -> dict[str, 
             raise UsageError(f"{path}: unknown option {key!r}{nearest_hint(name, by_name)}")
         values[name] = _checked(by_name[name], value, path)
     return values
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def _checked(option: Option, value: Any, path: Path) -> Any:
@@ -325,9 +329,9 @@ def complete(
 
 
 def required(values: dict[str, Any], *names: str) -> None:
-    """UsageError for the first of the options that is missing."""
+    """UsageError for the first of the options that is missing, or empty like an unset $NAME."""
     for name in names:
-        if values[name] is None:
+        if values[name] in (None, ""):
             raise UsageError(f"{flag(name)} is required")
 
 
@@ -344,13 +348,7 @@ def build_prompts(values: dict[str, Any]) -> str | dict[str, str]:
         return values["prompt"]
     prompts = values["prompts"]
     if isinstance(prompts, str):
-        path = Path(prompts)
-        try:
-            prompts = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"{path}: cannot be read as YAML ({' '.join(str(error).split())})"
-            ) from None
+        prompts = _read_yaml(Path(prompts))
     is_mapping = isinstance(prompts, dict) and prompts
     if not is_mapping or not all(isinstance(text, str) for text in prompts.values()):
         raise UsageError("--prompts must hold a mapping {label: instruction}")

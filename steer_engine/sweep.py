@@ -127,6 +127,8 @@ def check_grid(output: str | Path, cells: Sequence[SweepCell], resume: bool) -> 
     """
     output = Path(output)
     check_kind(output, "sweep.json")
+    if (output / "examples.jsonl").exists():
+        raise RunError(f"{output}: has examples.jsonl but no run.json; choose another output")
     names = {cell.name for cell in cells}
     for path in sorted(output.glob("cells/*/run.json")):
         if not resume:

@@ -17,6 +17,8 @@ from . import demo, evaluate, finetune, generate, info, prepare, report, sweep, 
 from .console import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, err
 
 HELP_WIDTH = 100
+# The parser's own error: typer has no name for it, and older versions of it take it from click.
+WrongUsage = typer.BadParameter.__base__
 # What a newcomer needs first.
 ORDER = (
     "demo", "generate", "evaluate", "sweep", "report", "finetune", "prepare", "win-rate", "info",
@@ -56,13 +58,38 @@ def main() -> None:
     is_debug = "--debug" in sys.argv
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        app()
-    except KeyboardInterrupt:
+        sys.exit(app(standalone_mode=False))
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(EXIT_INTERRUPTED)
+    except WrongUsage as error:
+        if is_debug and not _is_help(error):
+            raise
+        err.print(_describe_usage(error), markup=False)
+        sys.exit(EXIT_USAGE)
     except (SteerError, ValueError, OSError, MemoryError) as error:
         if is_debug:
             raise
         is_usage = isinstance(error, ValueError) and not isinstance(error, SteerError)
-        message = " ".join(str(error).split()) or type(error).__name__
-        err.print(f"error: {message}", markup=False)
+        err.print(f"error: {_describe(error)}", markup=False)
         sys.exit(EXIT_USAGE if is_usage else EXIT_FAILED)
+
+
+def _describe(error: Exception) -> str:
+    """One line; the operating system's errors without their number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_help(error: WrongUsage) -> bool:
+    """Whether the message is the help of a group of commands, none of which was named."""
+    return error.ctx is not None and error.format_message() == error.ctx.get_help()
+
+
+def _describe_usage(error: WrongUsage) -> str:
+    """What the parser found wrong, and whose help to read."""
+    if _is_help(error):
+        return error.format_message()
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    command = error.ctx.command_path if error.ctx is not None else app.info.name
+    return f"error: {message[:1].lower()}{message[1:]} (see `{command} --help`)"

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..dataset import SyntheticDataset
+from ..dataset import SyntheticDataset, read_texts
 from ..engine import Engine
 from ..options import (
     OPTIONS,
@@ -37,7 +37,9 @@ def generate(
     set_up_logging(verbose)
     values = complete_run(given, config, OPTIONS)
     required(values, "base", "num_examples", "output")
-    # Everything that can be wrong is found before a model is loaded.
+    # What can be wrong is found before a model is loaded, which may take minutes.
+    if values["real"] is not None:
+        values["real"] = read_texts(values["real"])
     request = build_request(values) | {
         "seed": values["seed"],
         "output": values["output"],
