@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its warning after a 
 # takes four times as long. What must hold for any number of threads sets its own.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+# A shell starts background jobs with SIGINT ignored, and processes pass that on: tests that
+# interrupt one would wait for nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class TinyModels(NamedTuple):
