@@ -8,13 +8,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "check_tensor.h"
+#include "cpu/compressed_weight.h"
 #include "cpu/dispatch.h"
 #include "cpu/forward.h"
 #include "cpu/ops.h"
@@ -33,6 +34,7 @@ namespace {
 
 constexpr ScalarType kFp32 = ScalarType::Float;
 constexpr ScalarType kBf16 = ScalarType::BFloat16;
+constexpr ScalarType kByte = ScalarType::Byte;
 constexpr ScalarType kInt8 = ScalarType::Char;
 constexpr ScalarType kInt32 = ScalarType::Int;
 constexpr ScalarType kInt64 = ScalarType::Long;
@@ -54,26 +56,11 @@ T* mutable_data(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Runs all tasks on Torch's pool. Each thread takes the next task when it is free: rows differ in
-// length, and a core may be busy with another process.
-template <class Args>
-void run_tasks(int64_t num_tasks, const Args& args, void (*kernel)(const Args&, int64_t, int64_t)) {
-  const int64_t num_threads = std::min<int64_t>(torch::stable::get_num_threads(), num_tasks);
-  if (num_threads <= 1) {
-    kernel(args, 0, num_tasks);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1)) < num_tasks;) kernel(args, task, task + 1);
-  });
-}
-
 // Runs body(team) on every thread of Torch's pool at once.
 template <class Body>
 void run_team(int64_t num_stages, const Body& body) {
-  TeamState state(num_stages);
   const int64_t size = torch::stable::get_num_threads();
+  TeamState state(num_stages, size);
   torch::stable::parallel_for(0, size, 1, [&](int64_t begin, int64_t end) {
     Team team(state, begin, end, size);
     try {
@@ -82,6 +69,18 @@ void run_team(int64_t num_stages, const Body& body) {
       team.fail();
       throw;
     }
+  });
+}
+
+// Runs all tasks on Torch's pool.
+template <class Args>
+void run_tasks(int64_t num_tasks, const Args& args, void (*kernel)(const Args&, int64_t, int64_t)) {
+  if (num_tasks <= 1 || torch::stable::get_num_threads() <= 1) {
+    kernel(args, 0, num_tasks);
+    return;
+  }
+  run_team(1, [&](Team& team) {
+    team.stage(num_tasks, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   });
 }
 
@@ -116,6 +115,32 @@ std::tuple<Tensor, Tensor> pack_int8_weight_op(const Tensor& weight) {
   };
   run_tasks(round_up(out_features, kLanes) / kLanes, args, pack_int8_weight);
   return {packed, scales};
+}
+
+// The raw units are at least one, so that their address says that the weight is compressed.
+std::tuple<Tensor, Tensor> compress_weight_op(const Tensor& weight) {
+  check_tensor(weight, "weight", {{"out_features"}, {"in_features"}}, {kBf16});
+  const int64_t out_features = weight.size(0), in_features = weight.size(1);
+  check_that(in_features % kUnitInputs == 0, "in_features must be a multiple of " +
+                                                 std::to_string(kUnitInputs) + ", got " +
+                                                 std::to_string(in_features));
+  const CompressedLayout layout(out_features, in_features);
+  Tensor packed = torch::stable::new_empty(weight, {layout.bytes()}, kByte);
+  std::vector<int64_t> num_raw(layout.num_panels);
+  CompressArgs args{
+      .weight = data<bf16>(weight),
+      .packed = mutable_data<uint8_t>(packed),
+      .raw = nullptr,
+      .num_raw = num_raw.data(),
+      .out_features = out_features,
+      .in_features = in_features,
+  };
+  run_tasks(layout.num_panels, args, choose_exponents);
+  const int64_t total = std::accumulate(num_raw.begin(), num_raw.end(), int64_t{0});
+  Tensor raw = torch::stable::new_empty(weight, {std::max<int64_t>(total, 1), kUnitValues}, kBf16);
+  args.raw = mutable_data<bf16>(raw);
+  run_tasks(layout.num_panels, args, compress_units);
+  return {packed, raw};
 }
 
 // What every form of linear checks, and its arguments but for the weight. in_features: of x that
@@ -157,8 +182,7 @@ void run_linear(const LinearArgs& args) {
 void linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                int64_t out_features, int64_t gelu_columns, bool accumulate, const Tensor& out) {
   check_tensor(x, "x", {{"num_rows"}, {"in_features"}}, {kBf16, kFp32}, Layout::kUnitStride);
-  LinearArgs args =
-      linear_args(x, x.size(1), bias, out_features, gelu_columns, accumulate, out);
+  LinearArgs args = linear_args(x, x.size(1), bias, out_features, gelu_columns, accumulate, out);
   check_tensor(packed, "packed",
                {{"packed_size", packed_size(out_features, x.size(1), is_bf16(x))}},
                {x.scalar_type()});
@@ -166,33 +190,80 @@ void linear_op(const Tensor& x, const Tensor& packed, const std::optional<Tensor
   run_linear(args);
 }
 
-// tail: the weight's last tail_features columns, packed in x's dtype.
-void linear_int8_op(const Tensor& x, const Tensor& packed, const Tensor& scales,
-                    const std::optional<Tensor>& tail, int64_t tail_features,
-                    const std::optional<Tensor>& bias, int64_t out_features, int64_t gelu_columns,
-                    bool accumulate, const Tensor& out) {
-  check_tensor(x, "x", {{"num_rows"}, {"in_features"}}, {kBf16, kFp32}, Layout::kUnitStride);
+// The arguments of a product whose weight ends in a tail: its last tail_features columns, packed in
+// x's dtype.
+LinearArgs linear_with_tail_args(const Tensor& x, const std::optional<Tensor>& tail,
+                                 int64_t tail_features, const std::optional<Tensor>& bias,
+                                 int64_t out_features, int64_t gelu_columns, bool accumulate,
+                                 const Tensor& out) {
   check_that(tail_features >= 0 && tail_features <= x.size(1),
              "tail_features must lie in [0, in_features=" + std::to_string(x.size(1)) + "], got " +
                  std::to_string(tail_features));
   check_that(tail.has_value() == (tail_features > 0),
              "tail must be given where tail_features is not 0");
-  const int64_t in_features = x.size(1) - tail_features;
   LinearArgs args =
-      linear_args(x, in_features, bias, out_features, gelu_columns, accumulate, out);
-  check_tensor(packed, "packed", {{"packed_size", packed_size(out_features, in_features, true)}},
-               {kInt8});
-  check_tensor(scales, "scales", {{"out_features", out_features}}, {kFp32});
+      linear_args(x, x.size(1) - tail_features, bias, out_features, gelu_columns, accumulate, out);
   if (tail) {
     check_tensor(*tail, "tail",
                  {{"packed_size", packed_size(out_features, tail_features, is_bf16(x))}},
                  {x.scalar_type()});
+    args.tail = data<void>(*tail);
   }
+  args.tail_features = tail_features;
+  return args;
+}
+
+void linear_int8_op(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                    const std::optional<Tensor>& tail, int64_t tail_features,
+                    const std::optional<Tensor>& bias, int64_t out_features, int64_t gelu_columns,
+                    bool accumulate, const Tensor& out) {
+  check_tensor(x, "x", {{"num_rows"}, {"in_features"}}, {kBf16, kFp32}, Layout::kUnitStride);
+  LinearArgs args = linear_with_tail_args(x, tail, tail_features, bias, out_features, gelu_columns,
+                                          accumulate, out);
+  check_tensor(packed, "packed",
+               {{"packed_size", packed_size(out_features, args.in_features, true)}}, {kInt8});
+  check_tensor(scales, "scales", {{"out_features", out_features}}, {kFp32});
   args.packed = data<void>(packed);
   args.scales = data<float>(scales);
-  args.tail = tail ? data<void>(*tail) : nullptr;
-  args.tail_features = tail_features;
   run_linear(args);
+}
+
+void check_compressed(const Tensor& packed, const Tensor& raw, int64_t out_features,
+                      int64_t in_features) {
+  check_that(in_features % kUnitInputs == 0, "in_features must be a multiple of " +
+                                                 std::to_string(kUnitInputs) + ", got " +
+                                                 std::to_string(in_features));
+  check_tensor(packed, "packed",
+               {{"packed_size", CompressedLayout(out_features, in_features).bytes()}}, {kByte});
+  check_tensor(raw, "raw", {{"num_raw"}, {"unit_values", kUnitValues}}, {kBf16});
+}
+
+void linear_compressed_op(const Tensor& x, const Tensor& packed, const Tensor& raw,
+                          const std::optional<Tensor>& tail, int64_t tail_features,
+                          const std::optional<Tensor>& bias, int64_t out_features,
+                          int64_t gelu_columns, bool accumulate, const Tensor& out) {
+  check_tensor(x, "x", {{"num_rows"}, {"in_features"}}, {kBf16}, Layout::kUnitStride);
+  LinearArgs args = linear_with_tail_args(x, tail, tail_features, bias, out_features, gelu_columns,
+                                          accumulate, out);
+  check_compressed(packed, raw, out_features, args.in_features);
+  args.packed = data<void>(packed);
+  args.raw = data<bf16>(raw);
+  run_linear(args);
+}
+
+// Rows input_ids of a compressed embedding in fp32.
+Tensor embedding_compressed_op(const Tensor& packed, const Tensor& raw, int64_t num_embeddings,
+                               int64_t embedding_dim, const Tensor& input_ids) {
+  check_compressed(packed, raw, num_embeddings, embedding_dim);
+  check_tensor(input_ids, "input_ids", {{"num_tokens"}}, {kInt64});
+  const int64_t num_tokens = input_ids.size(0);
+  check_range(data<int64_t>(input_ids), num_tokens, 0, num_embeddings, "input_ids");
+  Tensor out = torch::stable::new_empty(input_ids, {num_tokens, embedding_dim}, kFp32);
+  for (int64_t i = 0; i < num_tokens; ++i) {
+    decompress_column(data<void>(packed), data<bf16>(raw), num_embeddings, embedding_dim,
+                      data<int64_t>(input_ids)[i], mutable_data<float>(out) + i * embedding_dim);
+  }
+  return out;
 }
 
 void layer_norm_op(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
@@ -647,6 +718,13 @@ STABLE_TORCH_LIBRARY(steer_engine, m) {
   m.def(
       "linear_int8(Tensor x, Tensor packed, Tensor scales, Tensor? tail, int tail_features, "
       "Tensor? bias, int out_features, int gelu_columns, bool accumulate, Tensor(a!) out) -> ()");
+  m.def("compress_weight(Tensor weight) -> (Tensor, Tensor)");
+  m.def(
+      "linear_compressed(Tensor x, Tensor packed, Tensor raw, Tensor? tail, int tail_features, "
+      "Tensor? bias, int out_features, int gelu_columns, bool accumulate, Tensor(a!) out) -> ()");
+  m.def(
+      "embedding_compressed(Tensor packed, Tensor raw, int num_embeddings, int embedding_dim, "
+      "Tensor input_ids) -> Tensor");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()");
   m.def(
       "rotary_and_store(Tensor(a!) qkv, Tensor? cos, Tensor? sin, Tensor positions, "
@@ -694,6 +772,9 @@ STABLE_TORCH_LIBRARY_IMPL(steer_engine, CPU, m) {
   m.impl("linear", TORCH_BOX(&steer::linear_op));
   m.impl("pack_int8_weight", TORCH_BOX(&steer::pack_int8_weight_op));
   m.impl("linear_int8", TORCH_BOX(&steer::linear_int8_op));
+  m.impl("compress_weight", TORCH_BOX(&steer::compress_weight_op));
+  m.impl("linear_compressed", TORCH_BOX(&steer::linear_compressed_op));
+  m.impl("embedding_compressed", TORCH_BOX(&steer::embedding_compressed_op));
   m.impl("layer_norm", TORCH_BOX(&steer::layer_norm_op));
   m.impl("rotary_and_store", TORCH_BOX(&steer::rotary_and_store_op));
   m.impl("paged_attention", TORCH_BOX(&steer::paged_attention_op));

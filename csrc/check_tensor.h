@@ -40,6 +40,8 @@ inline std::string dtype_name(ScalarType dtype) {
       return "int32";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Char:
       return "int8";
     case ScalarType::Bool:

@@ -5,6 +5,8 @@ The functions need the compiled library to be loaded (see steer_engine.ops).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .reference import guided_probs, last_slots
@@ -16,6 +18,8 @@ from .reference.guided_sample import (
 from .reference.linear import Int8Weight, LinearWeight
 
 __all__ = [
+    "CompressedWeight",
+    "compress_weight",
     "draw",
     "embedding",
     "guided_probs",
@@ -30,6 +34,28 @@ __all__ = [
 ]
 
 PANEL_SIZE = 16  # output features that lie together in a packed weight
+COMPRESSED_INPUTS = 8  # in_features of a compressed weight are a multiple of it
+WORTHWHILE = 0.9  # of the bytes that a weight has uncompressed
+
+
+class CompressedWeight(NamedTuple):
+    """A bf16 weight in 12 bits per value, without loss (csrc/cpu/compressed_weight.h).
+
+    data, raw: the layout there; uint8 and bf16.
+    in_features: columns of the compressed weight and of tail together.
+    tail: the last columns, packed as they are (an adapter's B), or None.
+    """
+
+    data: torch.Tensor
+    out_features: int
+    in_features: int
+    raw: torch.Tensor
+    tail: LinearWeight | None = None
+
+    @property
+    def tail_features(self) -> int:
+        """Columns of tail."""
+        return 0 if self.tail is None else self.tail.in_features
 
 
 def pack_weight(weight: torch.Tensor) -> LinearWeight:
@@ -51,11 +77,35 @@ def pack_int8_weight(weight: torch.Tensor, tail: torch.Tensor | None = None) -> 
     return Int8Weight(data, len(weight), in_features, scales, packed_tail)
 
 
-def embedding(weight: LinearWeight, input_ids: torch.Tensor) -> torch.Tensor:
+def compress_weight(
+    weight: torch.Tensor, tail: torch.Tensor | None = None
+) -> CompressedWeight | None:
+    """Compress a weight [out_features, in_features], or None where that saves less than a tenth.
+
+    Products with it have the bits of products with [weight | tail] as pack_weight packs it.
+
+    tail: see CompressedWeight; [out_features, tail_features] bf16, or None.
+    """
+    out_features, in_features = weight.shape
+    if weight.dtype != torch.bfloat16 or in_features % COMPRESSED_INPUTS != 0:
+        return None
+    data, raw = torch.ops.steer_engine.compress_weight(weight.contiguous())
+    if data.nbytes + raw.nbytes > WORTHWHILE * weight.nbytes:
+        return None
+    packed_tail = None if tail is None else pack_weight(tail)
+    in_features += 0 if tail is None else tail.shape[1]
+    return CompressedWeight(data, out_features, in_features, raw, packed_tail)
+
+
+def embedding(weight: LinearWeight | CompressedWeight, input_ids: torch.Tensor) -> torch.Tensor:
     """See reference.embedding.
 
     Rows are gathered out of the packed layout, so that a tied head is stored once.
     """
+    if isinstance(weight, CompressedWeight):
+        return torch.ops.steer_engine.embedding_compressed(
+            weight.data, weight.raw, weight.out_features, weight.in_features, input_ids
+        )
     num_panels = -(-weight.out_features // PANEL_SIZE)
     panel, column = input_ids // PANEL_SIZE, input_ids % PANEL_SIZE
     if weight.data.dtype == torch.bfloat16:
@@ -66,19 +116,27 @@ def embedding(weight: LinearWeight, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def linear(
-    x, weight: LinearWeight | Int8Weight, out, *, bias=None, gelu_columns=0, accumulate=False
+    x,
+    weight: LinearWeight | Int8Weight | CompressedWeight,
+    out,
+    *,
+    bias=None,
+    gelu_columns=0,
+    accumulate=False,
 ):
     """See reference.linear.
 
     The arithmetic is the same for every number of rows; x and out may have any row stride.
     """
     rest = (bias, weight.out_features, gelu_columns, accumulate, out)
-    if isinstance(weight, Int8Weight):
-        tail = None if weight.tail is None else weight.tail.data
-        quantized = (weight.data, weight.scales, tail, weight.tail_features)
-        torch.ops.steer_engine.linear_int8(x, *quantized, *rest)
-    else:
+    if isinstance(weight, LinearWeight):
         torch.ops.steer_engine.linear(x, weight.data, *rest)
+        return out
+    tail = (None if weight.tail is None else weight.tail.data, weight.tail_features)
+    if isinstance(weight, Int8Weight):
+        torch.ops.steer_engine.linear_int8(x, weight.data, weight.scales, *tail, *rest)
+    else:
+        torch.ops.steer_engine.linear_compressed(x, weight.data, weight.raw, *tail, *rest)
     return out
 
 

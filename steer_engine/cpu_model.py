@@ -14,11 +14,13 @@ import torch
 from .batch import Batch
 from .guidance import PassKind
 from .head import HeadRows
+from .kernels.cpu import CompressedWeight
 from .kernels.reference import Int8Weight, LinearWeight
 from .kv_cache import KVCache
 from .model import FalconModel, FusedLayer, SplitLayer, StackedLinear, StackedNorm
 
 ABSENT = 0  # a null address
+Weight = LinearWeight | Int8Weight | CompressedWeight
 
 
 class CpuFalconModel(FalconModel):
@@ -71,7 +73,7 @@ class CpuFalconModel(FalconModel):
         is_fused = isinstance(self.layers[0], FusedLayer)
         fields = [
             *_norm_fields(self.final_norm),
-            *(_address(w and w.data) for w in (self.embedding, self.domain_embedding)),
+            *_flat(map(_weight_fields, (self.embedding, self.domain_embedding))),
             *_flat(map(_weight_fields, (self.head, self.domain_head))),
             config.hidden_size,
             config.ffn_hidden_size,
@@ -109,9 +111,9 @@ def _norm_fields(norm: StackedNorm | None) -> list[int]:
 def _product_fields(product: StackedLinear | None) -> list[int]:
     """struct StackedProduct."""
     if product is None:
-        return [ABSENT] * 11
+        return [ABSENT] * 13
     weight, lora_a = product.weight, product.lora_a
-    lora_b = weight.tail if isinstance(weight, Int8Weight) else None
+    lora_b = None if isinstance(weight, LinearWeight) else weight.tail
     return [
         *_weight_fields(weight),
         _address(product.bias),
@@ -125,10 +127,11 @@ def _product_fields(product: StackedLinear | None) -> list[int]:
     ]
 
 
-def _weight_fields(weight: LinearWeight | Int8Weight | None) -> list[int]:
+def _weight_fields(weight: Weight | None) -> list[int]:
     """struct PackedWeight."""
     scales = weight.scales if isinstance(weight, Int8Weight) else None
-    return [_address(weight and weight.data), _address(scales)]
+    raw = weight.raw if isinstance(weight, CompressedWeight) else None
+    return [_address(weight and weight.data), _address(scales), _address(raw)]
 
 
 def _address(tensor: torch.Tensor | None) -> int:

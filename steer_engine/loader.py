@@ -78,11 +78,11 @@ class ModelLoader:
             an adapter whose updates are all 0.
         """
         config = self.base.config
-        embedding = self._pack(self.base.read_embedding())
+        embedding = self._pack_lossless(self.base.read_embedding())
         head = self._head(self.base, embedding)
         domain_embedding = domain_head = None
         if self.finetune is not None:
-            domain_embedding = self._pack(self.finetune.read_embedding())
+            domain_embedding = self._pack_lossless(self.finetune.read_embedding())
             domain_head = self._head(self.finetune, domain_embedding)
         elif self.adapter is not None and self.adapter.head is not None:
             domain_head = self._pack_product(self.adapter.read_head())
@@ -203,12 +203,20 @@ class ModelLoader:
     def _pack(self, weight: torch.Tensor):
         return self.ops.pack_weight(weight.to(self.device, self.dtype))
 
+    def _pack_lossless(self, weight: torch.Tensor, b: torch.Tensor | None = None):
+        """[weight | b], where b is an adapter's; compressed where the backend can and it pays."""
+        weight = weight.to(self.device, self.dtype)
+        b = None if b is None else b.to(self.device, self.dtype)
+        compress = getattr(self.ops, "compress_weight", None)
+        compressed = compress and compress(weight, b)
+        if compressed is not None:
+            return compressed
+        return self.ops.pack_weight(weight if b is None else torch.cat((weight, b), dim=1))
+
     def _pack_product(self, weight: torch.Tensor, b: torch.Tensor | None = None):
         """[weight | b], where b is an adapter's: small, and not quantised."""
         if not self._is_int8:
-            if b is not None:
-                weight = torch.cat((weight.to(self.dtype), b.to(self.dtype)), dim=1)
-            return self._pack(weight)
+            return self._pack_lossless(weight, b)
         # From the checkpoint's own numbers: rounding them to bf16 first would be one error more.
         if weight.dtype == torch.float16:
             weight = weight.float()

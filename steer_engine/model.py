@@ -68,7 +68,7 @@ class StackedLinear:
 
     ops: the backend's module of functions.
     weight, bias: the base's; scale*B stands beside the weight where lora_a is set, as its tail if
-        the weight is in int8.
+        the weight is in int8 or compressed.
     domain_weight, domain_bias: a full fine-tune's own; None where the domain shares the base's.
     lora_a: A of an adapter, or None.
     """
@@ -246,7 +246,7 @@ class FalconModel:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weight matrices, scales of int8 included; a tied head counts once."""
+        """Bytes of all weight matrices as they are stored; a tied head counts once."""
         packed = [self.embedding, self.head, self.domain_embedding, self.domain_head]
         for product in self._all_products():
             packed += [product.weight, product.domain_weight, product.lora_a]

@@ -9,6 +9,8 @@ import functools
 import helpers
 import pytest
 import torch
+from steer_engine.kernels import cpu
+from steer_engine.kernels.reference import LinearWeight
 
 from steer_engine import Engine, Guidance, SamplingParams, ops
 from steer_engine.cpu_model import CpuFalconModel
@@ -76,6 +78,29 @@ def test_the_compiled_forward_gives_the_bits_of_the_plain_one(base, domain, dtyp
         setattr(engine.model, name, functools.partial(method, engine.model))
     assert compiled == with_two_threads
     assert compiled == run()
+
+
+@pytest.mark.parametrize("domain", ["none", "lora", "finetune"])
+def test_compressed_weights_change_no_bit(base, domain, monkeypatch):
+    def completions_and_logits():
+        engine = Engine.from_pretrained(
+            base, domain_of(base, domain), device="cpu", dtype="bfloat16", max_num_seqs=4
+        )
+        guidance = Guidance.cfg(1.5) if domain == "none" else Guidance.recommended()
+        completions = engine.generate(
+            PROMPTS, negative_prompts=NEGATIVES, guidance=guidance, sampling=SAMPLING
+        )
+        return completions, engine.logits(PROMPTS), engine.model
+
+    monkeypatch.setattr(cpu, "WORTHWHILE", 10.0)  # these models' panels are half padding
+    *compressed, model = completions_and_logits()
+    weights = [p.weight for p in model._all_products()]
+    assert all(isinstance(w, cpu.CompressedWeight) for w in (model.head, model.embedding, *weights))
+    monkeypatch.setattr(cpu, "compress_weight", lambda weight, tail: None)
+    *plain, model = completions_and_logits()
+    assert isinstance(model.head, LinearWeight)
+    assert compressed[0] == plain[0]
+    assert torch.equal(compressed[1], plain[1])
 
 
 @pytest.mark.parametrize(

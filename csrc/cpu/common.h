@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "cpu/bf16.h"
+#include "cpu/compressed_weight.h"
 #include "cpu/ops.h"
 #include "philox.h"
 #include "cpu/scratch.h"

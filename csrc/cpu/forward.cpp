@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/bf16.h"
+#include "cpu/compressed_weight.h"
 #include "cpu/dispatch.h"
 #include "cpu/scratch.h"
 
@@ -43,6 +44,7 @@ LinearArgs linear_args(PackedWeight weight, const float* bias, Rows x, int64_t i
       .out_is_bf16 = out.is_bf16,
       .accumulate = false,
       .scales = weight.scales,
+      .raw = weight.raw,
   };
 }
 
@@ -57,7 +59,7 @@ void products(Team& team, const LinearArgs& domain, const LinearArgs& base) {
   });
 }
 
-// One row of a packed weight in fp32: the row's values lie kLanes pairs (bf16) or values apart.
+// One row of an embedding in fp32: the row's values lie kLanes pairs (bf16) or values apart.
 template <class T>
 void unpack_row(const void* packed, int64_t index, int64_t in_features, float* out) {
   constexpr int64_t step = sizeof(T) == 2 ? 2 : 1;
@@ -113,14 +115,23 @@ class ForwardPass {
   void embed() {
     team_.stage(a_.num_rows, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        const bool is_domain = row < a_.num_domain && m_.domain_embedding;
-        const void* packed = is_domain ? m_.domain_embedding : m_.embedding;
-        float* out = static_cast<float*>(residual().row(row));
+        const bool is_domain = row < a_.num_domain && m_.domain_embedding.data;
+        embed(is_domain ? m_.domain_embedding : m_.embedding, a_.input_ids[row],
+              static_cast<float*>(residual().row(row)));
         locate(row);
-        a_.is_bf16 ? unpack_row<bf16>(packed, a_.input_ids[row], m_.hidden_size, out)
-                   : unpack_row<float>(packed, a_.input_ids[row], m_.hidden_size, out);
       }
     });
+  }
+
+  void embed(const PackedWeight& embedding, int64_t input_id, float* out) const {
+    if (embedding.raw) {
+      decompress_column(embedding.data, embedding.raw, m_.vocab_size, m_.hidden_size, input_id,
+                        out);
+    } else if (a_.is_bf16) {
+      unpack_row<bf16>(embedding.data, input_id, m_.hidden_size, out);
+    } else {
+      unpack_row<float>(embedding.data, input_id, m_.hidden_size, out);
+    }
   }
 
   // Where a row stands and where its K and V go; nowhere for a row without keys.
@@ -177,6 +188,7 @@ class ForwardPass {
     LinearArgs domain = base;
     domain.packed = p.domain_weight.data;
     domain.scales = p.domain_weight.scales;
+    domain.raw = p.domain_weight.raw;
     domain.bias = p.domain_bias;
     domain.x = x.data;
     domain.out = out.data;
@@ -189,7 +201,7 @@ class ForwardPass {
     const int64_t in_features = p.in_features - p.rank;
     const Rows s = x.from_column(in_features);
     const LinearArgs args =
-        linear_args({p.lora_a, nullptr}, nullptr, x, in_features, s, p.rank, a_.num_domain);
+        linear_args({.data = p.lora_a}, nullptr, x, in_features, s, p.rank, a_.num_domain);
     const int64_t num_tasks = a_.num_domain > 0 ? num_panels(p.rank) : 0;
     team_.stage(num_tasks + 1, [&](int64_t begin, int64_t end) {
       kernels().linear(args, begin, std::min(end, num_tasks));

@@ -17,14 +17,16 @@ struct StackedNorm {
   const float *domain_weight, *domain_bias;
 };
 
-// In int8 where there are scales, else in the model's dtype.
+// In int8 where there are scales, compressed where there are raw units, else in the model's dtype.
 struct PackedWeight {
-  const void* data;
-  const float* scales;  // [out_features]
+  const void* data = nullptr;
+  const float* scales = nullptr;  // [out_features]
+  const bf16* raw = nullptr;
 };
 
 // A product for both weight sets. With lora_a, `weight` is [W | scale*B] and the last `rank`
-// columns of the input receive A x. In int8, `weight` is W alone and lora_b holds scale*B.
+// columns of the input receive A x. In int8 and compressed, `weight` is W alone and lora_b holds
+// scale*B.
 struct StackedProduct {
   PackedWeight weight;  // packed [out_features, in_features]
   const float* bias;    // [out_features]
@@ -43,7 +45,7 @@ struct LayerWeights {
 
 struct ModelWeights {
   StackedNorm final_norm;
-  const void *embedding, *domain_embedding;  // packed [vocab_size, hidden_size], never in int8
+  PackedWeight embedding, domain_embedding;  // [vocab_size, hidden_size], never in int8
   PackedWeight head, domain_head;
   int64_t hidden_size, ffn_hidden_size, num_heads, num_kv_heads, vocab_size, num_layers;
   int64_t is_fused, is_parallel;

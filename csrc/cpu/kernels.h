@@ -3,8 +3,9 @@
 
 #include "cpu/vector_math.h"
 // (vector_math.h stands first: the others need it.)
+#include "cpu/multiply_tile.h"
+// (multiply.h needs its tiles, and linear and paged_attention need multiply.h.)
 #include "cpu/multiply.h"
-// (multiply.h is the inner product of linear and paged_attention.)
 #include "cpu/guided_sample.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear.h"

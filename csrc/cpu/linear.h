@@ -1,7 +1,8 @@
 // out = x W^T + bias, then GELU on the first columns, then stored or added to out.
 //
-// A weight in int8 is W = scales * packed: whole numbers are summed, and sums scaled. Its tail, the
-// last columns of W, is added behind that as it is.
+// A weight in int8 is W = scales * packed: whole numbers are summed, and sums scaled. A compressed
+// one is decoded in registers. The tail of either, the last columns of W, is added behind that as
+// it is.
 //
 // A task is a panel of 64 columns. Its weights are read from memory once, in blocks of kBlockLen
 // inputs, and every block is used for all rows of a chunk while it lies in cache.
@@ -16,19 +17,36 @@ constexpr int64_t kBlockLen = 1024;
 constexpr int64_t kShortBlockLen = 96;
 template <class T>
 constexpr int64_t kBytesPerInput = kLanes * sizeof(T);  // of 16 columns
-// Bytes ahead for a single tile of rows.
+// Bytes ahead for a single tile of rows, in each group of columns, or in a compressed panel.
 constexpr int64_t kAheadOfOneTile = 1024;
+constexpr int64_t kAheadOfOneCompressedTile = 4096;
 // Of a block converted to fp32. For few rows, 64 columns x 64 are 16 KB of L1, written and read
 // once or twice. For many, a tile's columns, 16 x kColumnTile, are those 16 KB, and longer pieces
 // of x read better, since its rows lie far apart.
 constexpr int64_t kFp32BlockLenOfFewRows = 64;
 constexpr int64_t kFp32BlockLen = 256 / kColumnTile;
 constexpr int64_t kManyRows = 12;
-// Of a block that int8 is converted to for many rows: the bytes of those in fp32.
+// Of a block that int8 or a compressed weight is decoded to for many rows: the bytes of those in
+// fp32.
 template <class C>
 constexpr int64_t kMaxConvertedLen = kFp32BlockLen * sizeof(float) / sizeof(C);
 // The sums of a chunk of rows, 240 x 64 in fp32, are 60 KB of L2.
 constexpr int64_t kRowChunk = 240;
+
+// Whether weights are stored otherwise than multiplied.
+template <class Columns>
+constexpr bool kIsEncoded =
+    std::is_same_v<Columns, CompressedColumns> || std::is_same_v<Columns, PackedColumns<int8_t>>;
+
+// Bytes ahead that are one block of k_len inputs.
+template <class Columns>
+constexpr int64_t block_bytes(int64_t k_len) {
+  if constexpr (std::is_same_v<Columns, CompressedColumns>) {
+    return k_len / kUnitInputs * kPanelGroups * kUnitBytes;
+  } else {
+    return k_len * kLanes * sizeof(*Columns::packed);
+  }
+}
 
 // The sums of a chunk of rows and room for converted blocks, with a padded last input.
 struct PanelScratch {
@@ -38,33 +56,34 @@ struct PanelScratch {
 };
 
 // One call of `multiply`, for weights that are converted first, and inputs where they have to be.
-// rows: more than a tile's for int8.
-template <class T, class W>
-inline void multiply_converted(const T* x, int64_t x_row_stride, int64_t rows, const W* packed,
-                               int64_t group_stride, int64_t num_groups, int64_t k_len,
+// rows: more than a tile's for encoded weights.
+template <class T, class Columns>
+inline void multiply_converted(const T* x, int64_t x_row_stride, int64_t rows,
+                               const Columns& columns, int64_t num_groups, int64_t k_len,
                                const PanelScratch& scratch) {
   using C = Converted<T>;
-  constexpr int64_t kGroupStride = kMaxConvertedLen<C> * kLanes;
-  C* weights = reinterpret_cast<C*>(scratch.weights);
+  const PackedColumns<C> weights{reinterpret_cast<C*>(scratch.weights),
+                                 kMaxConvertedLen<C> * kLanes};
+  C* to = const_cast<C*>(weights.packed);
   float* sums = scratch.sums;
-  if constexpr (std::is_same_v<W, int8_t>) {
-    constexpr int64_t kAhead = kPrefetchesWeights ? kMaxConvertedLen<C> * kBytesPerInput<W> : 0;
-    multiply_first_rows<kAhead>(x, x_row_stride, packed, group_stride, num_groups, k_len, weights,
-                                kGroupStride, sums, kPanelWidth);
+  if constexpr (kIsEncoded<Columns>) {
+    constexpr int64_t kAhead = kPrefetchesWeights ? block_bytes<Columns>(kMaxConvertedLen<C>) : 0;
+    multiply_first_rows<kAhead>(x, x_row_stride, columns, num_groups, k_len, to,
+                                weights.group_stride, sums, kPanelWidth);
     x += kRowTile * x_row_stride;
     sums += kRowTile * kPanelWidth;
     rows -= kRowTile;
   } else {
-    convert_weights(packed, group_stride, num_groups, k_len, weights, kGroupStride);
+    convert_weights(columns, num_groups, k_len, to, weights.group_stride);
   }
   if constexpr (std::is_same_v<C, T>) {
-    multiply(x, x_row_stride, rows, weights, kGroupStride, num_groups, k_len, sums, kPanelWidth);
+    multiply(x, x_row_stride, rows, weights, num_groups, k_len, sums, kPanelWidth);
   } else {
     for (int64_t row = 0; row < rows; ++row) {
       convert(x + row * x_row_stride, k_len, scratch.x + row * kFp32BlockLen);
     }
-    multiply(scratch.x, kFp32BlockLen, rows, weights, kGroupStride, num_groups,
-             round_up(k_len, kStep<T>), sums, kPanelWidth);
+    multiply(scratch.x, kFp32BlockLen, rows, weights, num_groups, round_up(k_len, kStep<T>), sums,
+             kPanelWidth);
   }
 }
 
@@ -85,54 +104,53 @@ inline void finish_row(const LinearArgs& a, const float* sums, int64_t row, int6
   }
 }
 
-template <int64_t kLen, int64_t kAhead, class T, class W>
-inline void multiply_blocks(const T* x, int64_t x_row_stride, int64_t rows, const W* packed,
-                            int64_t group_stride, int64_t num_groups, int64_t in_features,
-                            float* sums) {
+template <int64_t kLen, int64_t kAhead, class T, class Columns>
+inline void multiply_blocks(const T* x, int64_t x_row_stride, int64_t rows, const Columns& columns,
+                            int64_t num_groups, int64_t in_features, float* sums) {
   for (int64_t k = 0; k < in_features; k += kLen) {
-    multiply<kAhead>(x + k, x_row_stride, rows, packed + k * kLanes, group_stride, num_groups,
+    multiply<kAhead>(x + k, x_row_stride, rows, columns.from_input(k), num_groups,
                      std::min(kLen, in_features - k), sums, kPanelWidth);
   }
 }
 
-// Columns of a weight, packed as W, and where their inputs begin in x.
-template <class W>
-struct WeightColumns {
-  const W* packed;
-  int64_t first_input, num_inputs;
-};
+// One tile of rows.
+template <class T, class Columns>
+inline void multiply_one_tile(const T* x, int64_t x_row_stride, int64_t rows,
+                              const Columns& columns, int64_t num_groups, int64_t in_features,
+                              float* sums) {
+  constexpr int64_t kAhead =
+      std::is_same_v<Columns, CompressedColumns> ? kAheadOfOneCompressedTile : kAheadOfOneTile;
+  multiply_blocks<kBlockLen, kPrefetchesWeights ? kAhead : 0>(x, x_row_stride, rows, columns,
+                                                              num_groups, in_features, sums);
+}
 
-// scratch.sums += x W^T for the rows from row_begin on.
-template <class T, class W>
-inline void multiply_panel(const LinearArgs& a, const WeightColumns<W>& weight,
-                           int64_t first_column, int64_t row_begin, int64_t rows,
-                           const PanelScratch& scratch) {
-  const int64_t width = std::min(kPanelWidth, a.out_features - first_column);
-  const int64_t num_groups = round_up(width, kLanes) / kLanes;
-  const int64_t group_stride = kLanes * round_up(weight.num_inputs, kPackedStep<W>);
-  const W* packed = weight.packed + first_column / kLanes * group_stride;
-  const T* x = static_cast<const T*>(a.x) + row_begin * a.x_row_stride + weight.first_input;
-  constexpr int64_t kMinRows = std::is_same_v<W, int8_t> ? kRowTile + 1
-                               : kCanConvert<T>          ? kMinRowsToConvert
-                                                         : kNever;
+// sums += x W^T for some columns of a panel and the inputs that x begins with.
+template <class T, class Columns>
+inline void multiply_panel(const T* x, int64_t x_row_stride, int64_t rows, const Columns& columns,
+                           int64_t num_groups, int64_t in_features, const PanelScratch& scratch) {
+  constexpr int64_t kMinRows = kIsEncoded<Columns> ? kRowTile + 1
+                               : kCanConvert<T>    ? kMinRowsToConvert
+                                                   : kNever;
   if constexpr (kMinRows != kNever) {
     if (rows >= kMinRows) {
-      const int64_t block_len =
-          rows < kManyRows ? kFp32BlockLenOfFewRows : kMaxConvertedLen<Converted<T>>;
-      for (int64_t k = 0; k < weight.num_inputs; k += block_len) {
-        multiply_converted(x + k, a.x_row_stride, rows, packed + k * kLanes, group_stride,
-                           num_groups, std::min(block_len, weight.num_inputs - k), scratch);
+      using C = Converted<T>;
+      const bool are_few = std::is_same_v<C, float> && rows < kManyRows;
+      const int64_t block_len = are_few ? kFp32BlockLenOfFewRows : kMaxConvertedLen<C>;
+      for (int64_t k = 0; k < in_features; k += block_len) {
+        multiply_converted(x + k, x_row_stride, rows, columns.from_input(k), num_groups,
+                           std::min(block_len, in_features - k), scratch);
       }
       return;
     }
   }
-  if (kPrefetchesWeights && rows > kRowTile) {
-    multiply_blocks<kShortBlockLen, kShortBlockLen * kBytesPerInput<W>>(
-        x, a.x_row_stride, rows, packed, group_stride, num_groups, weight.num_inputs, scratch.sums);
-  } else {
-    multiply_blocks<kBlockLen, kPrefetchesWeights ? kAheadOfOneTile : 0>(
-        x, a.x_row_stride, rows, packed, group_stride, num_groups, weight.num_inputs, scratch.sums);
+  if constexpr (kPrefetchesWeights && !kIsEncoded<Columns>) {
+    if (rows > kRowTile) {
+      multiply_blocks<kShortBlockLen, block_bytes<Columns>(kShortBlockLen)>(
+          x, x_row_stride, rows, columns, num_groups, in_features, scratch.sums);
+      return;
+    }
   }
+  multiply_one_tile(x, x_row_stride, rows, columns, num_groups, in_features, scratch.sums);
 }
 
 inline void scale_sums(const LinearArgs& a, int64_t first_column, int64_t rows, float* sums) {
@@ -146,22 +164,40 @@ inline void scale_sums(const LinearArgs& a, int64_t first_column, int64_t rows, 
   }
 }
 
+// The panel's columns of a weight that is packed as W.
+template <class W>
+inline PackedColumns<W> packed_columns(const void* packed, int64_t in_features,
+                                       int64_t first_column) {
+  const int64_t group_stride = kLanes * round_up(in_features, kPackedStep<W>);
+  return {static_cast<const W*>(packed) + first_column / kLanes * group_stride, group_stride};
+}
+
 // scratch.sums = x W^T for the rows from row_begin on.
 template <class T>
 inline void sum_panel(const LinearArgs& a, int64_t first_column, int64_t row_begin, int64_t rows,
                       const PanelScratch& scratch) {
+  const int64_t width = std::min(kPanelWidth, a.out_features - first_column);
+  const int64_t num_groups = round_up(width, kLanes) / kLanes;
+  const T* x = static_cast<const T*>(a.x) + row_begin * a.x_row_stride;
+  const auto multiply_by = [&](const auto& columns) {
+    multiply_panel(x, a.x_row_stride, rows, columns, num_groups, a.in_features, scratch);
+  };
   std::memset(scratch.sums, 0, rows * kPanelWidth * sizeof(float));
-  if (!a.scales) {
-    const WeightColumns<T> all{static_cast<const T*>(a.packed), 0, a.in_features};
-    multiply_panel<T>(a, all, first_column, row_begin, rows, scratch);
-    return;
+  if (a.scales) {
+    multiply_by(packed_columns<int8_t>(a.packed, a.in_features, first_column));
+    scale_sums(a, first_column, rows, scratch.sums);
+  } else if (a.raw) {
+    if constexpr (std::is_same_v<T, bf16>) {
+      const CompressedLayout layout(a.out_features, a.in_features);
+      multiply_by(CompressedColumns::of_panel(a.packed, a.raw, layout, first_column / kPanelWidth));
+    }
+  } else {
+    multiply_by(packed_columns<T>(a.packed, a.in_features, first_column));
   }
-  const WeightColumns<int8_t> quantized{static_cast<const int8_t*>(a.packed), 0, a.in_features};
-  multiply_panel<T>(a, quantized, first_column, row_begin, rows, scratch);
-  scale_sums(a, first_column, rows, scratch.sums);
   if (!a.tail) return;
-  const WeightColumns<T> tail{static_cast<const T*>(a.tail), a.in_features, a.tail_features};
-  multiply_panel<T>(a, tail, first_column, row_begin, rows, scratch);
+  multiply_panel(x + a.in_features, a.x_row_stride, rows,
+                 packed_columns<T>(a.tail, a.tail_features, first_column), num_groups,
+                 a.tail_features, scratch);
 }
 
 template <class T>

@@ -10,12 +10,14 @@
 #include <cstdint>
 #include <limits>
 
+#include "cpu/bf16.h"
+
 namespace steer {
 
 // A packed weight is [out_features / kLanes][in_features / step][kLanes][step], zero padded; step
 // is 2 in bf16 and 1 in fp32. So 16 output columns lie side by side, as the multiply-add
-// instructions want them. In int8 step is 1, too, but inputs are padded to pairs, so that one layout
-// serves inputs in bf16 and in fp32.
+// instructions want them. In int8 step is 1, too, but inputs are padded to pairs, so that one
+// layout serves inputs in bf16 and in fp32.
 constexpr int64_t kLanes = 16;
 
 // Weights in int8 lie in [-kMaxInt8, kMaxInt8], so that a sign costs nothing.
@@ -64,14 +66,15 @@ struct PackInt8Args {
 struct LinearArgs {
   const void* x;  // [num_rows, in_features + tail_features]
   int64_t x_row_stride;
-  const void* packed;  // [out_features, in_features]: int8 where there are scales, else as x
+  const void* packed;  // [out_features, in_features], as x if neither scales nor raw are given
   const float* bias;   // [out_features] or null
-  void* out;          // [num_rows, out_features]
+  void* out;           // [num_rows, out_features]
   int64_t out_row_stride;
   int64_t num_rows, in_features, out_features;
   int64_t gelu_columns;  // GELU applies to the first of out_features
   bool is_bf16, out_is_bf16, accumulate;
   const float* scales = nullptr;  // [out_features], of a weight in int8
+  const bf16* raw = nullptr;      // raw units, of a compressed weight
   const void* tail = nullptr;     // the weight's last columns, packed as x, or null
   int64_t tail_features = 0;
 };

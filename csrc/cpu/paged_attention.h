@@ -30,20 +30,24 @@ struct PagedRows {
 };
 
 // packed[key / 16][d / step][key % 16][d % step] = keys[first + key][d]: a packed weight whose
-// columns are keys.
+// columns are keys. The columns behind the last key repeat it.
 template <class T>
 inline void pack_keys(const PagedRows<T>& keys, int64_t first, int64_t num_keys, int64_t head_dim,
                       T* packed) {
+  constexpr int64_t kSquare = kLanes * kStep<T>;  // elements of 16 times 32 bits
   const int64_t group_stride = kLanes * round_up(head_dim, kStep<T>);
-  std::memset(packed, 0, round_up(num_keys, kLanes) * (group_stride / kLanes) * sizeof(T));
-  for (int64_t key = 0; key < num_keys; ++key) {
-    const T* from = keys[first + key];
-    T* to = packed + key / kLanes * group_stride + key % kLanes * kStep<T>;
+  for (int64_t begin = 0; begin < num_keys; begin += kLanes, packed += group_stride) {
+    const T* rows[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) rows[i] = keys[first + std::min(begin + i, num_keys - 1)];
     int64_t d = 0;
-    for (; d + kStep<T> <= head_dim; d += kStep<T>) {
-      std::memcpy(to + d * kLanes, from + d, kStep<T> * sizeof(T));
+    for (; d + kSquare <= head_dim; d += kSquare) transpose(rows, d, packed + d * kLanes);
+    for (; d < head_dim; d += kStep<T>) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        for (int64_t k = 0; k < kStep<T>; ++k) {
+          packed[d * kLanes + i * kStep<T> + k] = d + k < head_dim ? rows[i][d + k] : T{};
+        }
+      }
     }
-    if (d < head_dim) to[d * kLanes] = from[d];
   }
 }
 
@@ -158,14 +162,15 @@ inline void multiply_keys_as(const QueryGroup<T>& group, int64_t head_dim,
     const int64_t num_keys = std::min(kKeyTile, group.num_keys() - first);
     const int64_t num_groups = round_up(num_keys, kLanes) / kLanes;
     pack_keys(group.keys, first, num_keys, head_dim, s.packed_keys);
-    const Product* keys;
+    const PackedColumns<T> packed{s.packed_keys, packed_stride};
+    PackedColumns<Product> keys{nullptr, packed_stride};
     if constexpr (kConverts) {
-      convert_weights(s.packed_keys, packed_stride, num_groups, head_dim, s.keys, packed_stride);
-      keys = s.keys;
+      convert_weights(packed, num_groups, head_dim, s.keys, packed_stride);
+      keys.packed = s.keys;
     } else {
-      keys = s.packed_keys;
+      keys = packed;
     }
-    multiply(queries, s.padded_dim, group.num_queries(), keys, packed_stride, num_groups,
+    multiply(queries, s.padded_dim, group.num_queries(), keys, num_groups,
              kConverts ? round_up(head_dim, kStep<T>) : head_dim, s.scores + first, s.padded_len);
   }
 }
@@ -190,9 +195,10 @@ inline void multiply_values(const QueryGroup<T>& group, int64_t head_dim,
   const auto add = [&](int64_t row, int64_t num_rows, int64_t first, int64_t begin, int64_t end) {
     if (begin >= end) return;
     const int64_t query = row * group.num_heads;
+    const PackedColumns<float> values{s.values + begin * kLanes, kKeyTile * kLanes};
     multiply(s.scores + query * s.padded_len + first + begin, s.padded_len,
-             num_rows * group.num_heads, s.values + begin * kLanes, kKeyTile * kLanes,
-             s.padded_dim / kLanes, end - begin, s.sums + query * s.padded_dim, s.padded_dim);
+             num_rows * group.num_heads, values, s.padded_dim / kLanes, end - begin,
+             s.sums + query * s.padded_dim, s.padded_dim);
   };
   std::memset(s.sums, 0, group.num_queries() * s.padded_dim * sizeof(float));
   for (int64_t first = 0; first < group.num_keys(); first += kKeyTile) {

@@ -124,6 +124,42 @@ inline float maximum(F16 a) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
+// 8 x 8 of the elements; to_stride: between columns.
+inline void transpose_quarter(const int32_t* const (&rows)[8], int32_t* to, int64_t to_stride) {
+  __m256i a[8], b[8];
+  for (int r = 0; r < 8; ++r) b[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r]));
+  for (int r = 0; r < 8; r += 2) {
+    a[r] = _mm256_unpacklo_epi32(b[r], b[r + 1]);
+    a[r + 1] = _mm256_unpackhi_epi32(b[r], b[r + 1]);
+  }
+  for (int r = 0; r < 8; r += 4) {
+    b[r] = _mm256_unpacklo_epi64(a[r], a[r + 2]);
+    b[r + 1] = _mm256_unpackhi_epi64(a[r], a[r + 2]);
+    b[r + 2] = _mm256_unpacklo_epi64(a[r + 1], a[r + 3]);
+    b[r + 3] = _mm256_unpackhi_epi64(a[r + 1], a[r + 3]);
+  }
+  // Half h of b[4 p + i] is column 4 h + i of rows 4 p to 4 p + 3.
+  for (int i = 0; i < 4; ++i) {
+    const __m256i lower = _mm256_permute2x128_si256(b[i], b[4 + i], 0x20);
+    const __m256i upper = _mm256_permute2x128_si256(b[i], b[4 + i], 0x31);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * to_stride), lower);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (4 + i) * to_stride), upper);
+  }
+}
+template <class T>
+inline void transpose(const T* const (&rows)[16], int64_t at, T* to) {
+  int32_t* columns = reinterpret_cast<int32_t*>(to);
+  for (int row = 0; row < 16; row += 8) {
+    for (int column = 0; column < 16; column += 8) {
+      const int32_t* quarter[8];
+      for (int r = 0; r < 8; ++r) {
+        quarter[r] = reinterpret_cast<const int32_t*>(rows[row + r] + at) + column;
+      }
+      transpose_quarter(quarter, columns + column * 16 + row, 16);
+    }
+  }
+}
+
 // A sum of whole numbers, exact while it stays below 2**53.
 class ExactSum {
  public:
@@ -166,6 +202,30 @@ inline Bf16Weights split_pairs(__m256i lo, __m256i hi) {
 inline Bf16Weights load_weights(const bf16* p) {
   const __m256i* halves = reinterpret_cast<const __m256i*>(p);
   return split_pairs(_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1));
+}
+inline __m256i load_bits(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+template <int kPair>
+inline __m256i decompress_pairs(const uint8_t* unit, const uint16_t* lowest_exponents) {
+  const __m256i codes = load_bits(unit);
+  constexpr int kShift = kMantissaBits - 4 * kPair;
+  const __m256i shifted = kShift >= 0 ? _mm256_slli_epi16(codes, std::max(kShift, 0))
+                                      : _mm256_srli_epi16(codes, std::max(-kShift, 0));
+  const __m256i code = _mm256_and_si256(shifted, _mm256_set1_epi16(0xf << kMantissaBits));
+  const __m256i exponent = _mm256_add_epi16(code, load_bits(lowest_exponents));
+  __m256i rest = load_bits(unit + 64 * (1 + kPair / 2));
+  if constexpr (kPair % 2 == 1) {
+    const __m128i exchanged = _mm_set_epi8(14, 15, 12, 13, 10, 11, 8, 9, 6, 7, 4, 5, 2, 3, 0, 1);
+    rest = _mm256_shuffle_epi8(rest, _mm256_broadcastsi128_si256(exchanged));
+  }
+  const __m256i kept = _mm256_set1_epi16(static_cast<int16_t>(kSignAndMantissa));
+  return _mm256_or_si256(_mm256_and_si256(rest, kept), exponent);
+}
+template <int kPair>
+inline Bf16Weights decompress(const uint8_t* unit, const uint16_t* lowest_exponents) {
+  return split_pairs(decompress_pairs<kPair>(unit, lowest_exponents),
+                     decompress_pairs<kPair>(unit + 32, lowest_exponents + kLanes));
 }
 inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
   int32_t pair;

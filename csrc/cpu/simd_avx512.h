@@ -68,6 +68,39 @@ inline uint32_t bits(Mask m) { return m.m; }
 inline float sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
 inline float maximum(F16 a) { return _mm512_reduce_max_ps(a.v); }
 
+template <class T>
+inline void transpose(const T* const (&rows)[16], int64_t at, T* to) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) b[r] = _mm512_loadu_si512(rows[r] + at);
+#pragma GCC unroll 8
+  for (int r = 0; r < 16; r += 2) {
+    a[r] = _mm512_unpacklo_epi32(b[r], b[r + 1]);
+    a[r + 1] = _mm512_unpackhi_epi32(b[r], b[r + 1]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 16; r += 4) {
+    b[r] = _mm512_unpacklo_epi64(a[r], a[r + 2]);
+    b[r + 1] = _mm512_unpackhi_epi64(a[r], a[r + 2]);
+    b[r + 2] = _mm512_unpacklo_epi64(a[r + 1], a[r + 3]);
+    b[r + 3] = _mm512_unpackhi_epi64(a[r + 1], a[r + 3]);
+  }
+  // Quarter q of b[4 p + i] is column 4 q + i of rows 4 p to 4 p + 3.
+  constexpr int kEven = 0b10001000, kOdd = 0b11011101;  // quarters 0 and 2, 1 and 3
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i even_lower = _mm512_shuffle_i32x4(b[i], b[4 + i], kEven);
+    const __m512i odd_lower = _mm512_shuffle_i32x4(b[i], b[4 + i], kOdd);
+    const __m512i even_upper = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], kEven);
+    const __m512i odd_upper = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], kOdd);
+    __m512i* columns = reinterpret_cast<__m512i*>(to) + i;
+    _mm512_storeu_si512(columns, _mm512_shuffle_i32x4(even_lower, even_upper, kEven));
+    _mm512_storeu_si512(columns + 4, _mm512_shuffle_i32x4(odd_lower, odd_upper, kEven));
+    _mm512_storeu_si512(columns + 8, _mm512_shuffle_i32x4(even_lower, even_upper, kOdd));
+    _mm512_storeu_si512(columns + 12, _mm512_shuffle_i32x4(odd_lower, odd_upper, kOdd));
+  }
+}
+
 // A sum of whole numbers, exact while it stays below 2**53.
 class ExactSum {
  public:
@@ -86,6 +119,24 @@ class ExactSum {
   __m512d lower_, upper_;
 };
 
+template <int kPair>
+inline __m512i decompress_pairs(const uint8_t* unit, const uint16_t* lowest_exponents) {
+  const __m512i codes = _mm512_loadu_si512(unit);
+  constexpr int kShift = kMantissaBits - 4 * kPair;
+  const __m512i shifted = kShift >= 0 ? _mm512_slli_epi16(codes, std::max(kShift, 0))
+                                      : _mm512_srli_epi16(codes, std::max(-kShift, 0));
+  const __m512i code = _mm512_and_si512(shifted, _mm512_set1_epi16(0xf << kMantissaBits));
+  const __m512i exponent = _mm512_add_epi16(code, _mm512_loadu_si512(lowest_exponents));
+  __m512i rest = _mm512_loadu_si512(unit + 64 * (1 + kPair / 2));
+  if constexpr (kPair % 2 == 1) {
+    const __m128i exchanged = _mm_set_epi8(14, 15, 12, 13, 10, 11, 8, 9, 6, 7, 4, 5, 2, 3, 0, 1);
+    rest = _mm512_shuffle_epi8(rest, _mm512_broadcast_i32x4(exchanged));
+  }
+  constexpr int kFirstAndThirdOrSecond = 0xec;
+  const __m512i kept = _mm512_set1_epi16(static_cast<int16_t>(kSignAndMantissa));
+  return _mm512_ternarylogic_epi32(rest, exponent, kept, kFirstAndThirdOrSecond);
+}
+
 #ifdef STEER_HAS_AVX512_BF16
 constexpr int64_t kMinRowsToConvert = kNever;
 constexpr bool kPrefetchesWeights = true;
@@ -101,6 +152,10 @@ inline Bf16Weights pair_up(F16 even, F16 odd) {
 }
 inline void store(bf16* p, Bf16Weights w) { _mm512_storeu_si512(p, (__m512i)w.pairs); }
 inline Bf16Weights load_weights(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+template <int kPair>
+inline Bf16Weights decompress(const uint8_t* unit, const uint16_t* lowest_exponents) {
+  return {(__m512bh)decompress_pairs<kPair>(unit, lowest_exponents)};
+}
 inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
   int32_t pair;
   std::memcpy(&pair, x_pair, sizeof pair);
@@ -124,6 +179,10 @@ inline Bf16Weights split_pairs(__m512i pairs) {
           {_mm512_castsi512_ps(_mm512_and_si512(pairs, upper))}};
 }
 inline Bf16Weights load_weights(const bf16* p) { return split_pairs(_mm512_loadu_si512(p)); }
+template <int kPair>
+inline Bf16Weights decompress(const uint8_t* unit, const uint16_t* lowest_exponents) {
+  return split_pairs(decompress_pairs<kPair>(unit, lowest_exponents));
+}
 inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
   int32_t pair;
   std::memcpy(&pair, x_pair, sizeof pair);

@@ -125,6 +125,16 @@ inline float maximum(F16 a) {
   return a.v[0];
 }
 
+// to[i][r] = rows[r][at + i], 16 x 16 elements of 32 bits: fp32 or pairs of bf16.
+template <class T>
+inline void transpose(const T* const (&rows)[16], int64_t at, T* to) {
+  for (int r = 0; r < 16; ++r) {
+    uint32_t row[16];
+    std::memcpy(row, rows[r] + at, sizeof row);
+    for (int i = 0; i < 16; ++i) std::memcpy(to + (16 * i + r) * 4 / sizeof(T), row + i, 4);
+  }
+}
+
 // A sum of whole numbers, exact while it stays below 2**53.
 class ExactSum {
  public:
@@ -157,6 +167,20 @@ inline void store(float* p, Bf16Weights w) {
 inline Bf16Weights load_weights(const bf16* p) {
   return {each_lane([&](int i) { return to_float(p[2 * i]); }),
           each_lane([&](int i) { return to_float(p[2 * i + 1]); })};
+}
+// Pair kPair of a unit, see compressed_weight.h.
+template <int kPair>
+inline Bf16Weights decompress(const uint8_t* unit, const uint16_t* lowest_exponents) {
+  uint16_t codes[2 * kLanes], rest[2 * kLanes];
+  std::memcpy(codes, unit, sizeof codes);
+  std::memcpy(rest, unit + (1 + kPair / 2) * sizeof rest, sizeof rest);
+  bf16 values[2 * kLanes];
+  for (int i = 0; i < 2 * kLanes; ++i) {
+    const int code = codes[i] >> (4 * kPair) & 0xf;
+    const int kept = (kPair % 2 ? std::rotl(rest[i], 8) : rest[i]) & kSignAndMantissa;
+    values[i].bits = static_cast<uint16_t>(kept | (lowest_exponents[i] + (code << kMantissaBits)));
+  }
+  return load_weights(values);
 }
 inline F16 multiply_add(F16 sum, const bf16* x_pair, Bf16Weights w) {
   sum = fma(splat(to_float(x_pair[0])), w.even, sum);

@@ -4,12 +4,10 @@ and the rule that a row's result depends on no other row, no position and no num
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
+from cpu_library import BEST_ISA, ops
 from op_cases import (
     ATTENTION_SIZES,
     BF16,
@@ -33,30 +31,6 @@ from steer_engine.kernels.reference.guided_sample import (
     nucleus,
     prepare_parameters,
 )
-
-import steer_engine
-
-# test_sanitizers.py runs this file on a library of its own.
-LIBRARY = Path(
-    os.environ.get("STEER_TEST_LIBRARY", Path(next(iter(steer_engine.__path__))) / "_csrc.so")
-)
-if not LIBRARY.exists():
-    pytest.skip(f"{LIBRARY} is not built", allow_module_level=True)
-torch.ops.load_library(str(LIBRARY))
-ops = torch.ops.steer_engine
-
-BEST_ISA = ops.cpu_isa()
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    ops.set_cpu_isa(request.param)
-    if ops.cpu_isa() != request.param:
-        ops.set_cpu_isa(BEST_ISA)
-        pytest.skip(f"this machine has {BEST_ISA}, not {request.param}")
-    yield request.param
-    ops.set_cpu_isa(BEST_ISA)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,8 @@
 """The CPU library under AddressSanitizer and UndefinedBehaviorSanitizer: csrc is built anew with
-them, and test_cpu_ops.py runs on that library, every op at every instruction set of this machine.
+them, and the ops' tests run on that library, every op at every instruction set of this machine.
 
 Unoptimised, because the optimiser needs a minute more to compile checks than it saves running
-them; the model's own sizes and rows beside other rows are left to test_cpu_ops.py itself. 24 s to
+them; the model's own sizes and rows beside other rows are left to the plain library. 24 s to
 build and 20 s to run, of one core. With `out[size] = out[0]` planted behind the loop of layer_norm,
 or an int that overflows in pack_weight, this test fails and prints the report.
 """
@@ -20,6 +20,7 @@ from cmake_build import configure_command, find_tool, run
 
 SANITIZERS = "address,undefined"
 SELECTION = "not models_own and not many_rows and not more_rows and not neighbours"
+TESTS = ("test_cpu_ops.py", "test_compressed_weight.py")
 REPORTS = ("runtime error:", "ERROR: AddressSanitizer")
 
 
@@ -57,7 +58,7 @@ def test_no_op_reads_or_writes_out_of_bounds_or_has_undefined_behaviour(tmp_path
     # -s: a report that pytest has captured is lost when the process stops.
     pytest_command = [sys.executable, "-m", "pytest", "-s", "-q", "-x", "-p", "no:cacheprovider"]
     output = run(
-        [*pytest_command, "-o", "timeout=600", "-k", SELECTION, "test_cpu_ops.py"],
+        [*pytest_command, "-o", "timeout=600", "-k", SELECTION, *TESTS],
         cwd=Path(__file__).parent,
         env=environment,
     )
