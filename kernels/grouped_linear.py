@@ -9,7 +9,7 @@ Falcon-7B on 132 processors of two programs each, weights at 3.0 TB/s; one launc
 
     rows per side   product      bytes of both  floor    programs
     up to 64        up, qkv      415 MB         138 us   358 in 1.4 rounds of 264; twice 179
-                    down, dense  413 MB         138 us   288 in 1.1 rounds; twice 144
+                    down, dense  413 MB         138 us   144 of two segments; twice 144 of one
                     head         1,182 MB       394 us   1,016 in 3.8 rounds; twice 508 in 1.9
     256             up, qkv                     266 us   1,432 in 5.4 rounds; twice 716 in 2.7
                     down, dense                 265 us   288 in 1.1 rounds; twice 144 in 0.5

@@ -7,9 +7,9 @@ for every number of rows: one tile shape, and one order of sums. The inputs of a
 segments, by (in_features, out_features) alone; a segment is summed step by step of BLOCK_K, and the
 segments' sums are added in their order. What may depend on the number of rows is who does it:
 
-    few rows    one program per tile and segment writes a partial sum; epilogue_kernel adds them.
-                Falcon-7B's down_dense has 36 tiles of columns for 132 processors: 4 segments use
-                them all.
+    few rows    a program has one segment of a tile, or some, and writes each one's sum;
+                epilogue_kernel adds them. Falcon-7B's down_dense has 36 tiles of columns for 132
+                processors: 4 segments use them all.
     many rows   one program per tile sums all segments; the tiles alone fill the processors.
 
 Multiply and add round separately (enable_fp_fusion=False), or the two forms could fuse differently.
@@ -44,6 +44,7 @@ SQRT_HALF = tl.constexpr(0.5**0.5)
 # programs each. Their x and weights, 28 MB for 4,544 inputs, are read from memory once and then L2.
 ROW_TILES_PER_GROUP = tl.constexpr(16)
 NUM_PROCESSORS = 132
+MAX_PROGRAMS_AT_ONCE = 2 * NUM_PROCESSORS  # by their shared memory, see above
 # None decides anything in a kernel; without this, one row would run another binary.
 COUNTS = ("num_rows", "boundary", "gelu_columns")
 
@@ -96,8 +97,9 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per tile of out, and per segment where IS_PARTIAL: then out is the partial sums,
-    [num_segments, num_rows, out_features], and the epilogue is left to epilogue_kernel.
+    """One program per tile of out, or several of SEGMENTS_PER_PROGRAM each where IS_PARTIAL: then
+    out is the partial sums, [num_segments, num_rows, out_features], and the epilogue is left to
+    epilogue_kernel.
 
     rest_weight_ptr, rest_bias_ptr: of the rows from boundary on, or None: then boundary is not
     read. The rows on either side have tiles of their own, so that a tile reads one weight.
@@ -131,10 +133,15 @@ def linear_kernel(
     x_offset = tl.arange(0, BLOCK_M)[:, None] * x_row_stride + k
     weight_offset = tl.arange(0, BLOCK_N)[:, None] * in_features + k
 
+    column = column[None, :]
+    mask = in_rows & (column < out_features)
+    row = row[:, None].to(tl.int64)
+
     # 1. Sum each segment from zero, then the segments.
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for s in range(SEGMENTS_PER_PROGRAM):
-        start = (tl.program_id(1) * SEGMENTS_PER_PROGRAM + s) * segment_len
+        segment = tl.program_id(1) * SEGMENTS_PER_PROGRAM + s
+        start = segment * segment_len
         end = tl.minimum(start + segment_len, in_features)
         segment_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for offset in range(start, end, BLOCK_K):
@@ -150,20 +157,19 @@ def linear_kernel(
                 x = x.to(tl.float32)
                 weight = weight.to(tl.float32)
             segment_sum = tl.dot(x, weight.T, segment_sum, input_precision="ieee")
-        y += segment_sum
+        if IS_PARTIAL:
+            partial_ptr = out_ptr + (segment * num_rows + row) * out_row_stride + column
+            tl.store(partial_ptr, segment_sum, mask=mask)
+        else:
+            y += segment_sum
 
     # 2. Epilogue; a store rounds to out's dtype.
-    column = column[None, :]
-    mask = in_rows & (column < out_features)
-    row = row[:, None].to(tl.int64)
-    if IS_PARTIAL:
-        row += tl.program_id(1) * num_rows
-    else:
+    if not IS_PARTIAL:
         y = _bias_and_gelu(y, column, bias_ptr, out_features, gelu_columns, HAS_GELU)
-    out_tile_ptr = out_ptr + row * out_row_stride + column
-    if ACCUMULATE:
-        y += tl.load(out_tile_ptr, mask=mask, other=0.0)
-    tl.store(out_tile_ptr, y, mask=mask)
+        out_tile_ptr = out_ptr + row * out_row_stride + column
+        if ACCUMULATE:
+            y += tl.load(out_tile_ptr, mask=mask, other=0.0)
+        tl.store(out_tile_ptr, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -229,10 +235,23 @@ class LaunchConfig(NamedTuple):
         below, rest = (triton.cdiv(n, self.block_m) for n in (boundary, num_rows - boundary))
         return (below + rest) * triton.cdiv(out_features, self.block_n)
 
+    def segments_per_program(self, num_tiles: int) -> int:
+        """All where tiles alone fill the processors. Else the fewest with which all programs run
+        at once and on every processor, or 1 where no number does.
+        """
+        if num_tiles >= NUM_PROCESSORS:
+            return self.num_segments
+        for count in range(1, self.num_segments + 1):
+            num_programs = num_tiles * self.num_segments // count
+            runs_at_once = NUM_PROCESSORS <= num_programs <= MAX_PROGRAMS_AT_ONCE
+            if self.num_segments % count == 0 and runs_at_once:
+                return count
+        return 1
+
     def is_partial(self, num_rows: int, out_features: int, boundary: int = 0) -> bool:
-        """Whether each segment has its own program: only where tiles leave processors idle."""
+        """Whether programs write partial sums: only where tiles leave processors idle."""
         num_tiles = self.num_tiles(num_rows, out_features, boundary)
-        return self.num_segments > 1 and num_tiles < NUM_PROCESSORS
+        return self.segments_per_program(num_tiles) < self.num_segments
 
 
 # By the weight's column tiles; the products of tiles and segments are near 132, and below the 264
@@ -310,13 +329,14 @@ def launch_linear(
     boundary, rest_weight, rest_bias = (0, None, None) if rest is None else rest
     longest = max(boundary, num_rows - boundary)  # rows of one weight
     num_tiles = config.num_tiles(num_rows, out_features, boundary)
+    per_program = config.segments_per_program(num_tiles) if is_partial else config.num_segments
     target = partials if is_partial else out
-    linear_kernel[(num_tiles, config.num_segments if is_partial else 1)](
+    linear_kernel[(num_tiles, config.num_segments // per_program)](
         x, weight.data, None if is_partial else bias,
         None if rest is None else rest_weight.data, None if is_partial else rest_bias, target,
         x.stride(0), target.stride(-2), num_rows, boundary, in_features, out_features, gelu_columns,
         config.segment_len(in_features),
-        SEGMENTS_PER_PROGRAM=1 if is_partial else config.num_segments,
+        SEGMENTS_PER_PROGRAM=per_program,
         IS_PARTIAL=is_partial,
         ACCUMULATE=accumulate and not is_partial,
         HAS_GELU=gelu_columns > 0 and not is_partial,

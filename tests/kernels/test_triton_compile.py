@@ -150,6 +150,7 @@ def linear_kernels(
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     config = product.config_for(in_features, out_features, torch_dtype)
     is_partial = config.is_partial(num_rows, out_features, boundary or 0)
+    num_tiles = config.num_tiles(num_rows, out_features, boundary or 0)
     longest = max(boundary or 0, num_rows - (boundary or 0))
     types = {f"{name}_ptr": f"*{dtype}" for name in ("x", "weight", "rest_weight")}
     types |= {f"{name}_ptr": "*fp32" for name in ("partials", "bias", "rest_bias")}
@@ -158,7 +159,7 @@ def linear_kernels(
     none = no_bias | {"ACCUMULATE": False, "HAS_GELU": False}
     epilogue = {"ACCUMULATE": accumulate, "HAS_GELU": gelu} | ({} if bias else no_bias)
     constants = {
-        "SEGMENTS_PER_PROGRAM": 1 if is_partial else config.num_segments,
+        "SEGMENTS_PER_PROGRAM": config.segments_per_program(num_tiles),
         "IS_PARTIAL": is_partial,
         "WEIGHT_EVICTION": "evict_first" if longest <= config.block_m else "",
         "UPCAST": False,
@@ -213,6 +214,7 @@ LINEAR_KERNELS = {
     **linear_kernels("linear down", 18176, 4544, 33, "fp32", accumulate=True),
     **linear_kernels("linear up+qkv", 4544, 22848, 33, "bf16", gelu=True),
     **linear_kernels("linear down+dense", 22720, 4544, 33, "fp32", accumulate=True),
+    **linear_kernels("linear down+dense, 100 rows", 22720, 4544, 100, "fp32", accumulate=True),
     **linear_kernels("linear head", 4544, 65024, 33, "fp32"),
     **linear_kernels("linear qkv, many rows", 4544, 4672, 1000, "bf16"),
     **linear_kernels("linear up+qkv, many rows", 4544, 22848, 1000, "bf16", gelu=True),
@@ -259,24 +261,26 @@ REGISTERS = {
     "linear qkv epilogue": (36, 38),
     "linear dense": (180, 123),
     "linear dense epilogue": (32, 32),
-    "linear up": (168, 162),
+    "linear up": (168, 161),
     "linear down": (180, 123),
     "linear down epilogue": (32, 32),
-    "linear up+qkv": (168, 162),
+    "linear up+qkv": (168, 161),
     "linear down+dense": (180, 123),
     "linear down+dense epilogue": (32, 32),
+    "linear down+dense, 100 rows": (214, 198),
+    "linear down+dense, 100 rows epilogue": (32, 32),
     "linear head": (182, 125),
     "linear qkv, many rows": (255, 204),
-    "linear up+qkv, many rows": (168, 162),
+    "linear up+qkv, many rows": (168, 161),
     "linear down+dense, many rows": (255, 204),
     "linear up fp32": (128, 128),
-    "grouped qkv": (180, 124),
+    "grouped qkv": (255, 204),
     "grouped qkv epilogue": (34, 34),
-    "grouped up+qkv": (180, 161),
-    "grouped down+dense": (180, 124),
+    "grouped up+qkv": (180, 163),
+    "grouped down+dense": (255, 204),
     "grouped down+dense epilogue": (32, 32),
-    "grouped head": (180, 125),
-    "grouped up+qkv, many rows": (182, 154),
+    "grouped head": (180, 128),
+    "grouped up+qkv, many rows": (182, 155),
     "grouped down+dense, many rows": (255, 208),
 }
 
