@@ -5,20 +5,20 @@ tiles of their own, and a tile takes its weight by the side on which it lies; ev
 linear's, so that a row has the bits of linear, wherever the boundary is. The boundary is a number
 of the launch and compiles nothing anew. Without rows on one side linear itself runs.
 
-Falcon-7B on 132 processors of two programs each, weights at 3.0 TB/s; one launch against two:
+Falcon-7B on 132 processors of two programs each: the bytes of both sets at 3.0 TB/s, which take
+longer than the products up to 256 rows a side, and the programs of one launch against two.
 
-    rows per side   product      bytes of both  floor    programs
-    up to 64        up, qkv      415 MB         138 us   358 in 1.4 rounds of 264; twice 179
-                    down, dense  413 MB         138 us   144 of two segments; twice 144 of one
-                    head         1,182 MB       394 us   1,016 in 3.8 rounds; twice 508 in 1.9
-    256             up, qkv                     266 us   1,432 in 5.4 rounds; twice 716 in 2.7
-                    down, dense                 265 us   288 in 1.1 rounds; twice 144 in 0.5
+                   bytes      floor    up to 64 rows a side         256 rows a side
+    up and qkv      415 MB    138 us     358 against twice 179      1,432 against twice 716
+    down and dense  413 MB    138 us     144 against twice 144        288 against twice 144
+    head          1,182 MB    394 us   1,016 against twice 508      4,064 against twice 2,032
 
-With few rows both forms read every weight once, and what one launch saves is filling the pipelines
-and waiting for the last program once instead of twice, and one of two epilogues: 97 launches of
-some microseconds in a step of 9.2 ms. With 256 rows it is the rounds: none for up and qkv (6 and
-twice 3), while down and dense alone leave most processors with one program of the two they can
-hold. Not timed yet; bench/gpu_check.py times both forms.
+Up to 64 rows both forms read every weight once. One launch fills the pipelines and waits for its
+last program once instead of twice, and has one epilogue instead of two (down and dense): 97
+launches less, of some microseconds each, in a step of 9.2 ms. At 256 rows what counts is rounds of
+264 programs: 6 against twice 3 for up and qkv and 16 against twice 8 for the head, no gain; down
+and dense alone leave most processors with one program of the two they can hold, together they fill
+them. Not timed yet; bench/gpu_check.py times both forms.
 """
 
 from __future__ import annotations
