@@ -10,10 +10,12 @@ passed, 1 something failed, 2 no GPU.
 
     bits        guided_sample: Triton and CUDA against the reference, every batch and split
     graph       the same in any slot and alone; CUDA graphs draw anew, serve another seed
-    ops         layer_norm, linear, attention against fp64; a row's bits in any batch
+    ops         layer_norm, linear, attention against fp64; a row's bits in any batch, and in one
+                launch for two weight sets those of two launches
     sampler     times of guided_sample against PyTorch's chain (and FlashInfer where importable)
     step        one decode step of Falcon-7B's shape: time, floor, host syncs
-    times       layer_norm, linear against cuBLAS, attention against SDPA
+    times       layer_norm, linear against cuBLAS, two weight sets in one launch against two,
+                attention against SDPA
     draws       a million draws of 50 and of 65,024 tokens: chi-square
     sanitizer   compute-sanitizer's memcheck and racecheck on a short run, where it is on PATH
 """
@@ -39,6 +41,8 @@ BATCH_SIZES = [*range(1, 10), 31, 32, 33, 34, 131, 132, 133, 256]
 SMALL_VOCAB_SIZES = (1, 2, 17, 1000, 1025)
 FULL_VOCAB_SIZE = 65024
 ROW_BATCHES = (1, 2, 3, 8, 16, 17, 48, 64, 65, 132, 192, 256)
+# Rows below the boundary and the rest: in one tile and several, segments together and apart.
+GROUPED_SPLITS = ((1, 1), (2, 1), (16, 8), (64, 64), (65, 1), (128, 63), (130, 126))
 SHORT_RUN = "--short-run"
 
 
@@ -130,6 +134,14 @@ def check_ops(report, device: torch.device, backend: str) -> None:
             ROW_BATCHES,
             **epilogue,
         )
+        report.check(
+            f"grouped_linear {name}, {backend}",
+            gpu_ops.check_grouped_linear,
+            *call,
+            *sizes,
+            GROUPED_SPLITS,
+            **epilogue,
+        )
     for size in ("falcon_7b", "grouped", "every_head_its_own"):
         for dtype in (torch.bfloat16, torch.float32):
             for function in (gpu_ops.check_mqa_decode, gpu_ops.check_paged_attention):
@@ -208,6 +220,7 @@ def short_run(device: torch.device) -> int:
                 print(f"{backend} is not there: {error}")
     gpu_ops.check_layer_norm("triton", device, 4544, (3,))
     gpu_ops.check_linear("triton", device, 1030, 70, (3, 17), gelu_columns=33)
+    gpu_ops.check_grouped_linear("triton", device, 1030, 70, ((3, 2), (65, 1)), gelu_columns=33)
     gpu_ops.check_mqa_decode("triton", device, "falcon_7b", seq_lens=(1, 65))
     gpu_ops.check_paged_attention("triton", device, "falcon_7b", seq_lens=(1, 65))
     return 0
@@ -243,7 +256,12 @@ def measure(report, device: torch.device, parts) -> None:
 
     run("sampler", gpu_times.time_sampler, device, ceilings)
     run("step", time_steps)
-    for function in (gpu_times.time_layer_norm, gpu_times.time_attention, gpu_times.time_linear):
+    for function in (
+        gpu_times.time_layer_norm,
+        gpu_times.time_attention,
+        gpu_times.time_linear,
+        gpu_times.time_grouped_linear,
+    ):
         run("times", function, device, ceilings)
 
 

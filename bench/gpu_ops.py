@@ -112,6 +112,54 @@ def check_linear(
     return f"{in_features} to {out_features}, batches {list(batch_sizes)}, error {error:.1e}"
 
 
+def check_grouped_linear(
+    backend: str,
+    device: torch.device,
+    in_features: int,
+    out_features: int,
+    splits: Sequence[tuple[int, int]],
+    *,
+    gelu_columns: int = 0,
+    accumulate: bool = False,
+    dtype: torch.dtype = BF16,
+    out_dtype: torch.dtype = BF16,
+) -> str:
+    """Against fp64 as check_linear; and bit for bit what linear gives either side.
+
+    splits: (rows below the boundary, rows of the rest).
+    """
+    require(backend)
+    module = ops.implementation(backend)
+    most = max(sum(split) for split in splits)
+    x = normal(most, in_features, dtype=dtype).to(device)
+    scale = in_features**-0.5
+    weights = [normal(out_features, in_features, seed=s, scale=scale) for s in (1, 2)]
+    weights = [weight.to(device, dtype) for weight in weights]
+    biases = tuple(normal(out_features, seed=seed).to(device) for seed in (3, 4))
+    packed = tuple(module.pack_weight(weight) for weight in weights)
+    before = normal(most, out_features, seed=5).to(device, out_dtype)
+    epilogue = {"gelu_columns": gelu_columns, "accumulate": accumulate}
+    expected = [x.double() @ w.double().T + b for w, b in zip(weights, biases, strict=True)]
+    for y in expected:
+        y[:, :gelu_columns] = F.gelu(y[:, :gelu_columns])
+        y += before.double() if accumulate else 0
+    # The reference's product has rounded to x's dtype before out's.
+    rounding = dtype if backend == "reference" else out_dtype
+    errors = []
+    for below, rest in splits:
+        num_rows = below + rest
+        out = before[:num_rows].clone()
+        module.grouped_linear(x[:num_rows], packed, below, out, biases=biases, **epilogue)
+        for group, rows in enumerate((slice(0, below), slice(below, num_rows))):
+            name = f"grouped_linear {in_features} to {out_features} {dtype}, {below} and {rest}"
+            alone = before[rows].clone()
+            module.linear(x[rows], packed[group], alone, bias=biases[group], **epilogue)
+            is_same = (out[rows] == alone).all(dim=1)
+            assert is_same.all(), f"{name}: {int((~is_same).sum())} rows have not linear's bits"
+            errors.append(check_error(out[rows], expected[group][rows], rounding, name))
+    return f"{in_features} to {out_features}, rows {list(splits)}, error {max(errors):.1e}"
+
+
 def pages_to(pages: Pages, device: torch.device) -> Pages:
     moved = pages.copy()
     for name in ("k_cache", "v_cache", "block_tables"):

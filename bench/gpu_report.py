@@ -76,6 +76,8 @@ def format_time(entry: dict) -> str:
     """One line of the table."""
     floor, share = entry.get("floor_us"), entry.get("share_of_floor")
     against = f"floor {floor:9.1f} us, share {share:5.2f}" if floor else ""
+    if "against" in entry:
+        against += f", {entry['share_of_it']:.2f} of {entry['against']}"
     return (
         f"{entry['op']:14} {entry['implementation']:22} {entry['size']:34} "
         f"{entry['median_us']:10.1f} us ({entry['p20_us']:.1f} to {entry['p80_us']:.1f}) {against}"

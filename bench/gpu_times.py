@@ -6,6 +6,7 @@ measured here, whichever is more.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from gpu_report import NotThereError, Report
 from gpu_sampler import Case, plain_case, prepare, require
 from op_cases import BF16
+from steer_engine.kernels.reference.linear import linear_by_group
 
 from steer_engine import ops
 
@@ -33,6 +35,8 @@ LINEARS = {  # name: (in_features, out_features, gelu_columns, accumulate, out_d
     "head": (HIDDEN, VOCAB_SIZE, 0, False, torch.float32),
 }
 LINEAR_ROWS = (1, 3, 12, 48, 192, 768)
+GROUPED_ROWS = (1, 8, 64, 256)  # on either side
+TWO_LAUNCHES = "triton, two launches"
 ATTENTION_SIZES = ((3, 200), (24, 200), (192, 200), (768, 200), (24, 2000))  # rows, seq_len
 
 
@@ -109,18 +113,26 @@ def record(
     floor_us: float,
     *,
     use_graph: bool = True,
+    against: tuple[str, Times | None] = ("", None),
     **more,
-) -> None:
-    """Time an implementation twice, the second time for the noise, and note it."""
+) -> Times | None:
+    """Time an implementation twice, the second time for the noise, and note it.
+
+    against: the name and times of another implementation, whose share this one takes.
+    Returns: the first times, or None if the backend is not there or fails.
+    """
     try:
         calls = make_calls()
         first = time_replays(calls, use_graph)
         second = time_replays(calls, use_graph)
     except NotThereError:
-        return
+        return None
     except Exception as error:  # the others' times must not be lost
         report.check(f"time of {op} {implementation} {size}", raise_again, error)
-        return
+        return None
+    rival, rival_times = against
+    if rival_times is not None:
+        more |= {"against": rival, "share_of_it": round(first.median / rival_times.median, 3)}
     report.time(
         {
             "op": op,
@@ -136,6 +148,7 @@ def record(
         }
         | more
     )
+    return first
 
 
 def raise_again(error: Exception) -> None:
@@ -226,6 +239,19 @@ def time_layer_norm(report: Report, device: torch.device, ceilings: Ceilings) ->
         record(report, "layer_norm", "torch", size, with_torch, floor_us)
 
 
+def cublas_linear(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, gelu_columns: int, accumulate: bool
+) -> None:
+    y = F.linear(x, weight)
+    if accumulate:
+        out.add_(y)
+    elif gelu_columns:
+        out[:, gelu_columns:] = y[:, gelu_columns:]
+        out[:, :gelu_columns] = F.gelu(y[:, :gelu_columns])
+    else:
+        out.copy_(y)
+
+
 def time_linear(report: Report, device: torch.device, ceilings: Ceilings) -> None:
     """The batch-invariant kernel against cuBLAS and its epilogue."""
     for name, (in_features, out_features, gelu_columns, accumulate, out_dtype) in LINEARS.items():
@@ -252,21 +278,68 @@ def time_linear(report: Report, device: torch.device, ceilings: Ceilings) -> Non
             def with_cublas(
                 x=x, out=out, weights=weights, gelu_columns=gelu_columns, accumulate=accumulate
             ) -> list[Callable]:
-                def call(weight: torch.Tensor) -> None:
-                    y = F.linear(x, weight)
-                    if accumulate:
-                        out.add_(y)
-                    elif gelu_columns:
-                        out[:, gelu_columns:] = y[:, gelu_columns:]
-                        out[:, :gelu_columns] = F.gelu(y[:, :gelu_columns])
-                    else:
-                        out.copy_(y)
-
-                return [lambda w=w: call(w) for w in weights]
+                epilogue = {"gelu_columns": gelu_columns, "accumulate": accumulate}
+                return [lambda w=w: cublas_linear(x, w, out, **epilogue) for w in weights]
 
             size = f"{name}, {num_rows} rows"
             record(report, "linear", "triton", size, with_triton, floor_us)
             record(report, "linear", "cuBLAS + epilogue", size, with_cublas, floor_us)
+
+
+def grouped_makers(
+    x: torch.Tensor,
+    pairs: list[tuple[torch.Tensor, torch.Tensor]],
+    out: torch.Tensor,
+    epilogue: dict,
+) -> dict[str, Callable[[], list[Callable]]]:
+    """{implementation: makes one call for each pair of weights}; the boundary is in the middle."""
+
+    def with_triton(is_one: bool) -> list[Callable]:
+        require("triton")
+        module = ops.implementation("triton")
+        two_launches = functools.partial(linear_by_group, module.linear, biases=None)
+        grouped = module.grouped_linear if is_one else two_launches
+        packed = [tuple(module.pack_weight(weight) for weight in pair) for pair in pairs]
+        return [lambda p=p: grouped(x, p, len(x) // 2, out, **epilogue) for p in packed]
+
+    def with_cublas() -> list[Callable]:
+        def call(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+            for rows, weight, part in zip(x.chunk(2), pair, out.chunk(2), strict=True):
+                cublas_linear(rows, weight, part, **epilogue)
+
+        return [lambda p=p: call(p) for p in pairs]
+
+    return {
+        TWO_LAUNCHES: lambda: with_triton(is_one=False),
+        "triton, one launch": lambda: with_triton(is_one=True),
+        "cuBLAS + epilogue, twice": with_cublas,
+    }
+
+
+def time_grouped_linear(report: Report, device: torch.device, ceilings: Ceilings) -> None:
+    """Two weight sets with as many rows each: one launch against two, and cuBLAS twice.
+
+    Expected, not timed yet (kernels/grouped_linear.py says why): one launch is ahead by some us up
+    to 64 rows a side, and in down_dense at 256; level in up_qkv and the head at 256.
+    """
+    for name, (in_features, out_features, gelu_columns, accumulate, out_dtype) in LINEARS.items():
+        epilogue = {"gelu_columns": gelu_columns, "accumulate": accumulate}
+        num_bytes = 2 * 2 * in_features * out_features
+        pairs = [
+            (torch.randn(2, out_features, in_features, device=device) * 0.02).to(BF16).unbind()
+            for _ in range(min(4, num_copies(num_bytes)))
+        ]
+        for num_rows in GROUPED_ROWS:
+            x = torch.randn(2 * num_rows, in_features, device=device).to(BF16)
+            out = torch.zeros(2 * num_rows, out_features, device=device, dtype=out_dtype)
+            read_s = (num_bytes + x.nbytes + out.nbytes) / ceilings.bytes_per_s
+            floor_us = 1e6 * max(read_s, num_rows * num_bytes / ceilings.flops_per_s)
+            size, times = f"{name}, {num_rows} rows a side", {}
+            for kind, make in grouped_makers(x, pairs, out, epilogue).items():
+                against = (TWO_LAUNCHES, times.get(TWO_LAUNCHES))
+                times[kind] = record(
+                    report, "grouped_linear", kind, size, make, floor_us, against=against
+                )
 
 
 def time_attention(report: Report, device: torch.device, ceilings: Ceilings) -> None:

@@ -15,13 +15,14 @@ from .reference.guided_sample import (
     checked_parameters,
     signed_seed,
 )
-from .reference.linear import Int8Weight, LinearWeight
+from .reference.linear import Int8Weight, LinearWeight, linear_by_group
 
 __all__ = [
     "CompressedWeight",
     "compress_weight",
     "draw",
     "embedding",
+    "grouped_linear",
     "guided_probs",
     "guided_sample",
     "layer_norm",
@@ -138,6 +139,12 @@ def linear(
     else:
         torch.ops.steer_engine.linear_compressed(x, weight.data, weight.raw, *tail, *rest)
     return out
+
+
+def grouped_linear(x, weights, boundary, out, *, biases=None, gelu_columns=0, accumulate=False):
+    """See reference.grouped_linear; weights of any kind that linear takes."""
+    epilogue = {"biases": biases, "gelu_columns": gelu_columns, "accumulate": accumulate}
+    return linear_by_group(linear, x, weights, boundary, out, **epilogue)
 
 
 def layer_norm(x, weight, bias, eps: float, out):

@@ -25,6 +25,7 @@ else:
     from . import reference as others
 
 embedding = others.embedding
+grouped_linear = others.grouped_linear
 guided_probs = others.guided_probs
 layer_norm = others.layer_norm
 linear = others.linear
@@ -36,6 +37,7 @@ rotary_and_store = others.rotary_and_store
 __all__ = [
     "draw",
     "embedding",
+    "grouped_linear",
     "guided_probs",
     "guided_sample",
     "layer_norm",

@@ -7,9 +7,9 @@ for every number of rows: one tile shape, and one order of sums. The inputs of a
 segments, by (in_features, out_features) alone; a segment is summed step by step of BLOCK_K, and the
 segments' sums are added in their order. What may depend on the number of rows is who does it:
 
-    few rows    one program per tile and segment writes a partial sum; epilogue_kernel adds them.
-                Falcon-7B's down_dense has 36 tiles of columns for 132 processors: 4 segments use
-                them all.
+    few rows    a program has one segment of a tile, or some, and writes each one's sum;
+                epilogue_kernel adds them. Falcon-7B's down_dense has 36 tiles of columns for 132
+                processors: 4 segments use them all.
     many rows   one program per tile sums all segments; the tiles alone fill the processors.
 
 Multiply and add round separately (enable_fp_fusion=False), or the two forms could fuse differently.
@@ -44,8 +44,9 @@ SQRT_HALF = tl.constexpr(0.5**0.5)
 # programs each. Their x and weights, 28 MB for 4,544 inputs, are read from memory once and then L2.
 ROW_TILES_PER_GROUP = tl.constexpr(16)
 NUM_PROCESSORS = 132
-# Neither decides anything in a kernel; without this, one row would run another binary.
-COUNTS = ("num_rows", "gelu_columns")
+MAX_PROGRAMS_AT_ONCE = 2 * NUM_PROCESSORS  # by their shared memory, see above
+# None decides anything in a kernel; without this, one row would run another binary.
+COUNTS = ("num_rows", "boundary", "gelu_columns")
 
 
 @triton.jit
@@ -59,13 +60,13 @@ def _bias_and_gelu(y, column, bias_ptr, out_features, gelu_columns, HAS_GELU: tl
 
 
 @triton.jit
-def _tile(num_rows, out_features, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _tile(num_row_tiles, out_features, BLOCK_N: tl.constexpr):
     """Row tile and column tile of this program: down the rows of a group, then the next columns."""
     num_column_tiles = tl.cdiv(out_features, BLOCK_N)
     group_len = ROW_TILES_PER_GROUP * num_column_tiles
     group = tl.program_id(0) // group_len
     first_row_tile = group * ROW_TILES_PER_GROUP
-    num_row_tiles = tl.minimum(tl.cdiv(num_rows, BLOCK_M) - first_row_tile, ROW_TILES_PER_GROUP)
+    num_row_tiles = tl.minimum(num_row_tiles - first_row_tile, ROW_TILES_PER_GROUP)
     place = tl.program_id(0) % group_len
     return first_row_tile + place % num_row_tiles, place // num_row_tiles
 
@@ -75,10 +76,13 @@ def linear_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    rest_weight_ptr,
+    rest_bias_ptr,
     out_ptr,
     x_row_stride,
     out_row_stride,
     num_rows,
+    boundary,
     in_features,
     out_features,
     gelu_columns,
@@ -93,29 +97,51 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program per tile of out, and per segment where IS_PARTIAL: then out is the partial sums,
-    [num_segments, num_rows, out_features], and the epilogue is left to epilogue_kernel.
+    """One program per tile of out, or several of SEGMENTS_PER_PROGRAM each where IS_PARTIAL: then
+    out is the partial sums, [num_segments, num_rows, out_features], and the epilogue is left to
+    epilogue_kernel.
 
+    rest_weight_ptr, rest_bias_ptr: of the rows from boundary on, or None: then boundary is not
+    read. The rows on either side have tiles of their own, so that a tile reads one weight.
     WEIGHT_EVICTION: "evict_first" where each weight is read once, or "". Triton 3.6 drops it on the
     way from TTGIR to PTX for loads that it pipelines, so today it does nothing.
     """
-    row_tile, column_tile = _tile(num_rows, out_features, BLOCK_M, BLOCK_N)
-    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row, end_row = 0, num_rows
+    if rest_weight_ptr is None:
+        row_tile, column_tile = _tile(tl.cdiv(num_rows, BLOCK_M), out_features, BLOCK_N)
+    else:
+        num_tiles_below = tl.cdiv(boundary, BLOCK_M)
+        num_row_tiles = num_tiles_below + tl.cdiv(num_rows - boundary, BLOCK_M)
+        row_tile, column_tile = _tile(num_row_tiles, out_features, BLOCK_N)
+        is_below = row_tile < num_tiles_below
+        row_tile -= tl.where(is_below, 0, num_tiles_below)
+        first_row = tl.where(is_below, 0, boundary)
+        end_row = tl.where(is_below, boundary, num_rows)
+        weight_ptr = tl.where(is_below, weight_ptr, rest_weight_ptr)
+        if bias_ptr is not None:
+            bias_ptr = tl.where(is_below, bias_ptr, rest_bias_ptr)
+    first_row += row_tile * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_rows = row[:, None] < num_rows
+    in_rows = row[:, None] < end_row
     in_columns = column[:, None] < out_features  # of the weight tile, [BLOCK_N, BLOCK_K]
     # int64 where a tile starts: row * stride passes 2**31 from 94,000 rows of 22,848 on. Within a
     # tile int32 is enough: int64 offsets spill on sm_80, pointers carried over the loops on both.
     k = tl.arange(0, BLOCK_K)[None, :]
-    x_ptr += (row_tile * BLOCK_M).to(tl.int64) * x_row_stride
+    x_ptr += first_row.to(tl.int64) * x_row_stride
     weight_ptr += (column_tile * BLOCK_N).to(tl.int64) * in_features
     x_offset = tl.arange(0, BLOCK_M)[:, None] * x_row_stride + k
     weight_offset = tl.arange(0, BLOCK_N)[:, None] * in_features + k
 
+    column = column[None, :]
+    mask = in_rows & (column < out_features)
+    row = row[:, None].to(tl.int64)
+
     # 1. Sum each segment from zero, then the segments.
     y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for s in range(SEGMENTS_PER_PROGRAM):
-        start = (tl.program_id(1) * SEGMENTS_PER_PROGRAM + s) * segment_len
+        segment = tl.program_id(1) * SEGMENTS_PER_PROGRAM + s
+        start = segment * segment_len
         end = tl.minimum(start + segment_len, in_features)
         segment_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for offset in range(start, end, BLOCK_K):
@@ -131,29 +157,30 @@ def linear_kernel(
                 x = x.to(tl.float32)
                 weight = weight.to(tl.float32)
             segment_sum = tl.dot(x, weight.T, segment_sum, input_precision="ieee")
-        y += segment_sum
+        if IS_PARTIAL:
+            partial_ptr = out_ptr + (segment * num_rows + row) * out_row_stride + column
+            tl.store(partial_ptr, segment_sum, mask=mask)
+        else:
+            y += segment_sum
 
     # 2. Epilogue; a store rounds to out's dtype.
-    column = column[None, :]
-    mask = in_rows & (column < out_features)
-    row = row[:, None].to(tl.int64)
-    if IS_PARTIAL:
-        row += tl.program_id(1) * num_rows
-    else:
+    if not IS_PARTIAL:
         y = _bias_and_gelu(y, column, bias_ptr, out_features, gelu_columns, HAS_GELU)
-    out_tile_ptr = out_ptr + row * out_row_stride + column
-    if ACCUMULATE:
-        y += tl.load(out_tile_ptr, mask=mask, other=0.0)
-    tl.store(out_tile_ptr, y, mask=mask)
+        out_tile_ptr = out_ptr + row * out_row_stride + column
+        if ACCUMULATE:
+            y += tl.load(out_tile_ptr, mask=mask, other=0.0)
+        tl.store(out_tile_ptr, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def epilogue_kernel(
     partials_ptr,
     bias_ptr,
+    rest_bias_ptr,
     out_ptr,
     out_row_stride,
     num_rows,
+    boundary,
     out_features,
     gelu_columns,
     NUM_SEGMENTS: tl.constexpr,
@@ -164,6 +191,7 @@ def epilogue_kernel(
     """Add partial sums in their order, then as linear_kernel. One program per slice of a row.
 
     partials: [num_segments, num_rows, out_features], fp32 or bf16.
+    rest_bias_ptr: of the rows from boundary on, or None: then boundary is not read.
     """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -172,6 +200,8 @@ def epilogue_kernel(
     for segment in tl.static_range(NUM_SEGMENTS):
         partial_ptr = partials_ptr + (segment * num_rows + row) * out_features + column
         y += tl.load(partial_ptr, mask=mask, other=0.0).to(tl.float32)
+    if rest_bias_ptr is not None:
+        bias_ptr = tl.where(row < boundary, bias_ptr, rest_bias_ptr)
     y = _bias_and_gelu(y, column, bias_ptr, out_features, gelu_columns, HAS_GELU)
     out_row_ptr = out_ptr + row * out_row_stride + column
     if ACCUMULATE:
@@ -200,12 +230,28 @@ class LaunchConfig(NamedTuple):
         num_steps = triton.cdiv(in_features, self.block_k)
         return triton.cdiv(num_steps, self.num_segments) * self.block_k
 
-    def num_tiles(self, num_rows: int, out_features: int) -> int:
-        return triton.cdiv(num_rows, self.block_m) * triton.cdiv(out_features, self.block_n)
+    def num_tiles(self, num_rows: int, out_features: int, boundary: int = 0) -> int:
+        """The rows below boundary and the rest have tiles of their own."""
+        below, rest = (triton.cdiv(n, self.block_m) for n in (boundary, num_rows - boundary))
+        return (below + rest) * triton.cdiv(out_features, self.block_n)
 
-    def is_partial(self, num_rows: int, out_features: int) -> bool:
-        """Whether each segment has its own program: only where tiles leave processors idle."""
-        return self.num_segments > 1 and self.num_tiles(num_rows, out_features) < NUM_PROCESSORS
+    def segments_per_program(self, num_tiles: int) -> int:
+        """All where tiles alone fill the processors. Else the fewest with which all programs run
+        at once and on every processor, or 1 where no number does.
+        """
+        if num_tiles >= NUM_PROCESSORS:
+            return self.num_segments
+        for count in range(1, self.num_segments + 1):
+            num_programs = num_tiles * self.num_segments // count
+            runs_at_once = NUM_PROCESSORS <= num_programs <= MAX_PROGRAMS_AT_ONCE
+            if self.num_segments % count == 0 and runs_at_once:
+                return count
+        return 1
+
+    def is_partial(self, num_rows: int, out_features: int, boundary: int = 0) -> bool:
+        """Whether programs write partial sums: only where tiles leave processors idle."""
+        num_tiles = self.num_tiles(num_rows, out_features, boundary)
+        return self.segments_per_program(num_tiles) < self.num_segments
 
 
 # By the weight's column tiles; the products of tiles and segments are near 132, and below the 264
@@ -236,11 +282,26 @@ def config_for(in_features: int, out_features: int, dtype: torch.dtype) -> Launc
     return config._replace(num_segments=num_segments)
 
 
+class Rest(NamedTuple):
+    """The rows from boundary on, which have a weight of their own, of the same shape.
+
+    bias: None where the bias of the rows below is.
+    """
+
+    boundary: int
+    weight: LinearWeight
+    bias: torch.Tensor | None
+
+
 def allocate_partials(
-    num_rows: int, out_features: int, device: torch.device, config: LaunchConfig
+    num_rows: int,
+    out_features: int,
+    device: torch.device,
+    config: LaunchConfig,
+    boundary: int = 0,
 ) -> torch.Tensor | None:
-    """Scratch of one product or None: partial sums [num_segments, num_rows, out_features] fp32."""
-    if not config.is_partial(num_rows, out_features):
+    """Scratch of one launch or None: partial sums [num_segments, num_rows, out_features] fp32."""
+    if not config.is_partial(num_rows, out_features, boundary):
         return None
     shape = (config.num_segments, num_rows, out_features)
     return torch.empty(shape, dtype=torch.float32, device=device)
@@ -255,32 +316,37 @@ def launch_linear(
     accumulate: bool,
     partials: torch.Tensor | None,
     config: LaunchConfig,
+    rest: Rest | None = None,
 ) -> None:
     """The launches alone, for CUDA graphs: nothing is allocated, checked or read by the host.
 
-    x has rows. partials: as from allocate_partials, contents may be anything.
+    x has rows. partials: as from allocate_partials, contents may be anything. rest: None where all
+    rows have one weight.
     """
     num_rows, in_features = x.shape
     out_features = weight.out_features
     is_partial = partials is not None
-    num_row_tiles = triton.cdiv(num_rows, config.block_m)
-    grid = (config.num_tiles(num_rows, out_features), config.num_segments if is_partial else 1)
+    boundary, rest_weight, rest_bias = (0, None, None) if rest is None else rest
+    longest = max(boundary, num_rows - boundary)  # rows of one weight
+    num_tiles = config.num_tiles(num_rows, out_features, boundary)
+    per_program = config.segments_per_program(num_tiles) if is_partial else config.num_segments
     target = partials if is_partial else out
-    linear_kernel[grid](
-        x, weight.data, None if is_partial else bias, target,
-        x.stride(0), target.stride(-2), num_rows, in_features, out_features, gelu_columns,
+    linear_kernel[(num_tiles, config.num_segments // per_program)](
+        x, weight.data, None if is_partial else bias,
+        None if rest is None else rest_weight.data, None if is_partial else rest_bias, target,
+        x.stride(0), target.stride(-2), num_rows, boundary, in_features, out_features, gelu_columns,
         config.segment_len(in_features),
-        SEGMENTS_PER_PROGRAM=1 if is_partial else config.num_segments,
+        SEGMENTS_PER_PROGRAM=per_program,
         IS_PARTIAL=is_partial,
         ACCUMULATE=accumulate and not is_partial,
         HAS_GELU=gelu_columns > 0 and not is_partial,
-        WEIGHT_EVICTION="evict_first" if num_row_tiles == 1 else "",
+        WEIGHT_EVICTION="evict_first" if longest <= config.block_m else "",
         UPCAST=not x.is_cuda,  # the interpreter cannot multiply bf16
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
     if is_partial:
-        launch_epilogue(partials, out, bias, gelu_columns, accumulate, config)
+        launch_epilogue(partials, out, bias, gelu_columns, accumulate, config, rest)
 
 
 def launch_epilogue(
@@ -290,12 +356,15 @@ def launch_epilogue(
     gelu_columns: int,
     accumulate: bool,
     config: LaunchConfig,
+    rest: Rest | None = None,
 ) -> None:
     """out = gelu(sum of partials + bias), or out += ... with accumulate; as launch_linear."""
     num_segments, num_rows, out_features = partials.shape
+    boundary, _, rest_bias = (0, None, None) if rest is None else rest
     grid = (num_rows, triton.cdiv(out_features, config.epilogue_block_size))
     epilogue_kernel[grid](
-        partials, bias, out, out.stride(0), num_rows, out_features, gelu_columns,
+        partials, bias, rest_bias, out, out.stride(0), num_rows, boundary, out_features,
+        gelu_columns,
         NUM_SEGMENTS=num_segments, ACCUMULATE=accumulate, HAS_GELU=gelu_columns > 0,
         BLOCK_SIZE=config.epilogue_block_size, num_warps=config.num_warps, enable_fp_fusion=False,
     )  # fmt: skip
@@ -304,6 +373,35 @@ def launch_epilogue(
 def pack_weight(weight: torch.Tensor) -> LinearWeight:
     """Wrap a weight [out_features, in_features], fp32 or bf16; rows must lie side by side."""
     return LinearWeight(weight.contiguous(), *weight.shape)
+
+
+def check_arguments(
+    x: torch.Tensor,
+    weight: LinearWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    gelu_columns: int,
+    accumulate: bool,
+    names: tuple[str, str] = ("weight", "bias"),
+) -> None:
+    """names: of weight and bias in messages.
+
+    Raises: ValueError if a shape or dtype does not match.
+    """
+    num_rows, out_features, in_features = x.shape[0], weight.out_features, weight.in_features
+    out_dtypes = (torch.float32,) if accumulate else (torch.float32, torch.bfloat16)
+    check_tensors(
+        {
+            names[0]: (weight.data, weight[1:], (torch.float32, torch.bfloat16)),
+            "x": (x, [None, in_features], (weight.data.dtype,)),
+            names[1]: (bias, [out_features], (torch.float32,)),
+            "out": (out, [num_rows, out_features], out_dtypes),
+        }
+    )
+    if not weight.data.is_contiguous():
+        raise ValueError(f"{names[0]} must be contiguous, got strides {weight.data.stride()}")
+    if not 0 <= gelu_columns <= out_features:
+        raise ValueError(f"gelu_columns must lie in [0, {out_features=}], got {gelu_columns}")
 
 
 def linear(
@@ -324,20 +422,8 @@ def linear(
             rows beside it; and its product comes back in x's dtype, one rounding more for bf16.
     Raises: ValueError if a shape or dtype does not match.
     """
+    check_arguments(x, weight, bias, out, gelu_columns, accumulate)
     num_rows, out_features, in_features = x.shape[0], weight.out_features, weight.in_features
-    out_dtypes = (torch.float32,) if accumulate else (torch.float32, torch.bfloat16)
-    check_tensors(
-        {
-            "weight": (weight.data, weight[1:], (torch.float32, torch.bfloat16)),
-            "x": (x, [None, in_features], (weight.data.dtype,)),
-            "bias": (bias, [out_features], (torch.float32,)),
-            "out": (out, [num_rows, out_features], out_dtypes),
-        }
-    )
-    if not weight.data.is_contiguous():
-        raise ValueError(f"weight must be contiguous, got strides {weight.data.stride()}")
-    if not 0 <= gelu_columns <= out_features:
-        raise ValueError(f"gelu_columns must lie in [0, {out_features=}], got {gelu_columns}")
     if num_rows == 0:
         return out
     config = config_for(in_features, out_features, x.dtype)

@@ -4,6 +4,7 @@ Importing this module needs triton. The kernels are proven against the reference
 interpreter and compiled for sm_80 and sm_90; they have not run on a GPU yet.
 """
 
+from .grouped_linear import grouped_linear
 from .guided_sample import draw, guided_sample
 from .layer_norm import layer_norm
 from .linear import linear, pack_weight
@@ -14,6 +15,7 @@ from .rotary_and_store import rotary_and_store
 __all__ = [
     "draw",
     "embedding",
+    "grouped_linear",
     "guided_probs",
     "guided_sample",
     "layer_norm",

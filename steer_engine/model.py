@@ -97,13 +97,9 @@ class StackedLinear:
         """
         linear = self.ops.linear
         if self.domain_weight is not None:
-            pieces = (
-                (slice(0, num_domain), self.domain_weight, self.domain_bias),
-                (slice(num_domain, None), self.weight, self.bias),
-            )
-            for rows, weight, bias in pieces:
-                linear(x[rows], weight, out[rows], bias=bias, **epilogue)
-            return out
+            weights = (self.domain_weight, self.weight)
+            biases = None if self.bias is None else (self.domain_bias, self.bias)
+            return self.ops.grouped_linear(x, weights, num_domain, out, biases=biases, **epilogue)
         if self.lora_a is not None:
             in_features = self.lora_a.in_features
             linear(x[:num_domain, :in_features], self.lora_a, x[:num_domain, in_features:])
@@ -285,13 +281,13 @@ class FalconModel:
                 for coefficients, is_low in zip(head.coefficients, head.is_low, strict=True)
             ]
         )
-        # One product per head, so that its weights are read once.
-        boundary = head.num_domain_rows
-        parts = [(self.domain_head or self.head, x[:boundary], logits[:boundary])]
-        if boundary < num_rows:
-            parts.append((self.head, x[boundary:], logits[boundary:]))
-        for weight, rows, out in parts:
-            self.ops.linear(rows.flatten(0, 1), weight, out.flatten(0, 1))
+        # All rows of a head in one product, so that its weights are read once.
+        rows, out = x.flatten(0, 1), logits.flatten(0, 1)
+        if self.domain_head is None:
+            self.ops.linear(rows, self.head, out)
+        else:
+            boundary = head.num_domain_rows * num_seqs
+            self.ops.grouped_linear(rows, (self.domain_head, self.head), boundary, out)
         return logits
 
     def _combine(

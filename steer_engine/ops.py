@@ -136,6 +136,7 @@ def _op(name: str) -> Callable:
     return call
 
 
+grouped_linear = _op("grouped_linear")  # its weights: of the same backend's pack_weight
 guided_sample = _op("guided_sample")
 layer_norm = _op("layer_norm")
 linear = _op("linear")  # its weight: of the same backend's pack_weight

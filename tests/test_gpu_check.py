@@ -91,6 +91,7 @@ def test_all_checks_of_ops_pass_for_the_reference():
     gpu_ops.check_linear(
         "reference", CPU, 65, 33, batches, accumulate=True, out_dtype=torch.float32
     )
+    gpu_ops.check_grouped_linear("reference", CPU, 65, 33, ((1, 1), (3, 20)), gelu_columns=20)
     for dtype in (torch.float32, torch.bfloat16):
         # No batches: the bits of the reference's products may depend on where a row lies.
         call = ("reference", CPU, "grouped", dtype, (1, 7, 8, 30))
@@ -115,8 +116,26 @@ def test_the_checks_pass_for_triton_in_the_interpreter():
     gpu_sampler.check_graph("triton", CPU, 97, num_replays=3)
     gpu_ops.check_layer_norm("triton", CPU, 100, (1, 3))
     gpu_ops.check_linear("triton", CPU, 65, 33, (1, 3), gelu_columns=20)
+    gpu_ops.check_grouped_linear(
+        "triton", CPU, 65, 33, ((1, 2),), accumulate=True, out_dtype=torch.float32
+    )
     gpu_ops.check_mqa_decode("triton", CPU, "grouped", torch.float32, (1, 8), (1,))
     gpu_ops.check_paged_attention("triton", CPU, "grouped", torch.float32, (1, 8), (1,))
+
+
+@interpreted
+def test_the_timed_forms_of_a_grouped_linear_compute_the_same():
+    x, out = torch.randn(6, 40).bfloat16(), torch.empty(6, 33)
+    pair = torch.randn(2, 33, 40).bfloat16().unbind()
+    epilogue = {"gelu_columns": 20, "accumulate": False}
+    results = {}
+    for kind, make in gpu_times.grouped_makers(x, [pair], out, epilogue).items():
+        for call in make():
+            call()
+        results[kind] = out.clone()
+    two, one, cublas = results.values()
+    assert torch.equal(one, two)
+    torch.testing.assert_close(cublas, one, rtol=2**-6, atol=2**-6)
 
 
 def expected_rows(expected: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -164,6 +183,7 @@ def test_times_go_to_the_report_with_their_floors(report, monkeypatch):
             "head": (48, 97, 0, True, torch.float32),
         },
         "LINEAR_ROWS": (3,),
+        "GROUPED_ROWS": (2,),
         "ATTENTION_SIZES": ((2, 70),),
     }
     for name, value in small.items():
@@ -173,6 +193,7 @@ def test_times_go_to_the_report_with_their_floors(report, monkeypatch):
         gpu_times.time_sampler,
         gpu_times.time_layer_norm,
         gpu_times.time_linear,
+        gpu_times.time_grouped_linear,
         gpu_times.time_attention,
     ):
         function(report, CPU, ceilings)
@@ -183,6 +204,7 @@ def test_times_go_to_the_report_with_their_floors(report, monkeypatch):
         ("guided_sample", "torch sort chain"),
         ("layer_norm", "torch"),
         ("linear", "cuBLAS + epilogue"),
+        ("grouped_linear", "cuBLAS + epilogue, twice"),
         ("mqa_decode", "torch SDPA, no pages"),
     }
     assert all(entry["share_of_floor"] >= 0 for entry in content["times"])

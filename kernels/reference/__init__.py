@@ -10,7 +10,15 @@ from .guided_sample import (
     prepare_parameters,
 )
 from .layer_norm import layer_norm
-from .linear import Int8Weight, LinearWeight, embedding, linear, pack_int8_weight, pack_weight
+from .linear import (
+    Int8Weight,
+    LinearWeight,
+    embedding,
+    grouped_linear,
+    linear,
+    pack_int8_weight,
+    pack_weight,
+)
 
 __all__ = [
     "Int8Weight",
@@ -19,6 +27,7 @@ __all__ = [
     "SamplingTensors",
     "draw",
     "embedding",
+    "grouped_linear",
     "guided_probs",
     "guided_sample",
     "last_slots",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -113,6 +114,57 @@ def linear(
         else:
             rows.copy_(y)
     return out
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    weights: tuple[LinearWeight | Int8Weight, LinearWeight | Int8Weight],
+    boundary: int,
+    out: torch.Tensor,
+    *,
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    gelu_columns: int = 0,
+    accumulate: bool = False,
+) -> torch.Tensor:
+    """linear with one weight for the rows below boundary and another for the rest.
+
+        out[:boundary] = gelu(x[:boundary] W_0^T + b_0)
+        out[boundary:] = gelu(x[boundary:] W_1^T + b_1)        or out += ... with accumulate
+
+    Args:
+        weights: W_0 and W_1, of one shape and dtype.
+        boundary: 0 to num_rows.
+        biases: b_0 and b_1, or None for neither.
+        x, out, gelu_columns, accumulate: see linear.
+    Returns: out. A row's bits are those that linear gives it with its weight.
+    Raises: ValueError if boundary lies outside the rows.
+    """
+    epilogue = {"biases": biases, "gelu_columns": gelu_columns, "accumulate": accumulate}
+    return linear_by_group(linear, x, weights, boundary, out, **epilogue)
+
+
+def linear_by_group(
+    linear: Callable,
+    x: torch.Tensor,
+    weights: tuple,
+    boundary: int,
+    out: torch.Tensor,
+    *,
+    biases: tuple[torch.Tensor, torch.Tensor] | None,
+    **epilogue,
+) -> torch.Tensor:
+    """grouped_linear as two calls of a backend's linear."""
+    check_boundary(boundary, len(x))
+    groups = (slice(0, boundary), slice(boundary, None))
+    for rows, weight, bias in zip(groups, weights, biases or (None, None), strict=True):
+        linear(x[rows], weight, out[rows], bias=bias, **epilogue)
+    return out
+
+
+def check_boundary(boundary: int, num_rows: int) -> None:
+    """Raises: ValueError if boundary lies outside the rows."""
+    if not 0 <= boundary <= num_rows:
+        raise ValueError(f"boundary must lie in [0, {num_rows=}], got {boundary}")
 
 
 def _product(x: torch.Tensor, weight: LinearWeight | Int8Weight) -> torch.Tensor:

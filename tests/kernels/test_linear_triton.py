@@ -4,6 +4,8 @@ neither on the rows beside it nor on whether its segments have programs of their
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +105,22 @@ def test_linear_equals_fp64_whoever_sums_the_segments(num_rows, dtype):
         case.check(together)
         apart = case.run(THREE, is_partial=True, out=FP32)
         assert torch.equal(together, apart), f"{case.name}: segments apart give other bits"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@interpreted
+def test_programs_of_several_segments_give_the_same_bits(dtype):
+    four = ONE._replace(num_segments=4)
+    case = Case(130, 125, 40, dtype, gelu_columns=20)  # 3 tiles
+    expected = case.run(four, is_partial=False, out=FP32)
+    # 12 programs of one segment, 6 of two, 3 of four.
+    for num_processors, per_program in ((6, 1), (4, 2), (3, 4)):
+        with mock.patch.multiple(
+            op, NUM_PROCESSORS=num_processors, MAX_PROGRAMS_AT_ONCE=2 * num_processors
+        ):
+            assert four.segments_per_program(3) == per_program
+            got = case.run(four, is_partial=True, out=FP32)
+        assert torch.equal(got, expected), f"{per_program} segments of a program"
 
 
 @pytest.mark.parametrize("is_partial", [False, True], ids=["together", "apart"])
@@ -220,6 +238,28 @@ def test_segments_follow_from_the_weights_shape_and_cover_its_inputs(
     segment_len = config.segment_len(in_features)
     assert segment_len % config.block_k == 0
     assert (num_segments - 1) * segment_len < in_features <= num_segments * segment_len
+
+
+@pytest.mark.parametrize(
+    ("num_segments", "num_tiles", "per_program"),
+    [
+        (4, 36, 1),  # down and dense, 144 programs
+        (4, 72, 2),  # of two row tiles or two sets: 144 again, not 288 of which 24 start late
+        (4, 108, 2),
+        (4, 132, 4),
+        (8, 16, 1),
+        (8, 64, 2),
+        (15, 8, 1),
+        (15, 50, 3),
+        (15, 20, 1),  # 300 programs or 100: no number fits
+        (1, 36, 1),
+    ],
+)
+def test_programs_run_at_once_where_a_number_of_segments_allows(
+    num_segments, num_tiles, per_program
+):
+    config = op.LaunchConfig(num_segments)
+    assert config.segments_per_program(num_tiles) == per_program
 
 
 def test_segments_have_programs_of_their_own_only_where_tiles_are_few():

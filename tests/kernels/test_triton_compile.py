@@ -7,6 +7,7 @@ cuobjdump. A change of registers is no error by itself: look at it, then record 
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from pathlib import Path
@@ -141,25 +142,33 @@ def rotary_kernel() -> Kernel:
 
 def linear_kernels(
     name: str, in_features: int, out_features: int, num_rows: int, out: str, dtype: str = "bf16",
-    gelu: bool = False, accumulate: bool = False,
+    gelu: bool = False, accumulate: bool = False, boundary: int | None = None, bias: bool = False,
 ) -> dict[str, Kernel]:  # fmt: skip
-    """What linear launches for one weight and number of rows; without bias, as in Falcon-7B."""
+    """What one product launches for one weight and number of rows, or for two with a boundary;
+    without bias as in Falcon-7B.
+    """
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     config = product.config_for(in_features, out_features, torch_dtype)
-    is_partial = config.is_partial(num_rows, out_features)
-    types = {"x_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "partials_ptr": "*fp32"}
+    is_partial = config.is_partial(num_rows, out_features, boundary or 0)
+    num_tiles = config.num_tiles(num_rows, out_features, boundary or 0)
+    longest = max(boundary or 0, num_rows - (boundary or 0))
+    types = {f"{name}_ptr": f"*{dtype}" for name in ("x", "weight", "rest_weight")}
+    types |= {f"{name}_ptr": "*fp32" for name in ("partials", "bias", "rest_bias")}
     types["out_ptr"] = f"*{out}"
-    epilogue = {"bias_ptr": None, "ACCUMULATE": accumulate, "HAS_GELU": gelu}
-    none = {"bias_ptr": None, "ACCUMULATE": False, "HAS_GELU": False}
+    no_bias = {"bias_ptr": None, "rest_bias_ptr": None}
+    none = no_bias | {"ACCUMULATE": False, "HAS_GELU": False}
+    epilogue = {"ACCUMULATE": accumulate, "HAS_GELU": gelu} | ({} if bias else no_bias)
     constants = {
-        "SEGMENTS_PER_PROGRAM": 1 if is_partial else config.num_segments,
+        "SEGMENTS_PER_PROGRAM": config.segments_per_program(num_tiles),
         "IS_PARTIAL": is_partial,
-        "WEIGHT_EVICTION": "evict_first" if num_rows <= config.block_m else "",
+        "WEIGHT_EVICTION": "evict_first" if longest <= config.block_m else "",
         "UPCAST": False,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
+    if boundary is None:
+        constants["rest_weight_ptr"] = None
     options = {"num_stages": config.num_stages, "enable_fp_fusion": False}
 
     def kernel(function, constants, types):
@@ -205,13 +214,28 @@ LINEAR_KERNELS = {
     **linear_kernels("linear down", 18176, 4544, 33, "fp32", accumulate=True),
     **linear_kernels("linear up+qkv", 4544, 22848, 33, "bf16", gelu=True),
     **linear_kernels("linear down+dense", 22720, 4544, 33, "fp32", accumulate=True),
+    **linear_kernels("linear down+dense, 100 rows", 22720, 4544, 100, "fp32", accumulate=True),
     **linear_kernels("linear head", 4544, 65024, 33, "fp32"),
     **linear_kernels("linear qkv, many rows", 4544, 4672, 1000, "bf16"),
     **linear_kernels("linear up+qkv, many rows", 4544, 22848, 1000, "bf16", gelu=True),
     **linear_kernels("linear down+dense, many rows", 22720, 4544, 1000, "fp32", accumulate=True),
     **linear_kernels("linear up fp32", 4544, 18176, 33, "fp32", dtype="fp32", gelu=True),
 }
-KERNELS |= LINEAR_KERNELS
+# Two weights: 17 rows and 16, or 650 and 350.
+GROUPED = {
+    "qkv": ((4544, 4672, 33, "bf16"), {"bias": True}),
+    "up+qkv": ((4544, 22848, 33, "bf16"), {"gelu": True}),
+    "down+dense": ((22720, 4544, 33, "fp32"), {"accumulate": True}),
+    "head": ((4544, 65024, 33, "fp32"), {}),
+    "up+qkv, many rows": ((4544, 22848, 1000, "bf16"), {"gelu": True, "bias": True}),
+    "down+dense, many rows": ((22720, 4544, 1000, "fp32"), {"accumulate": True}),
+}
+GROUPED_KERNELS, TWINS = {}, {}  # twins: of one weight, otherwise the same
+for name, (sizes, epilogue) in GROUPED.items():
+    boundary = 17 if sizes[2] == 33 else 650
+    GROUPED_KERNELS |= linear_kernels(f"grouped {name}", *sizes, **epilogue, boundary=boundary)
+    TWINS |= linear_kernels(f"twin {name}", *sizes, **epilogue)
+KERNELS |= LINEAR_KERNELS | GROUPED_KERNELS
 
 # kernel: (registers per thread on sm_80, on sm_90); triton 3.6.0
 REGISTERS = {
@@ -237,24 +261,33 @@ REGISTERS = {
     "linear qkv epilogue": (36, 38),
     "linear dense": (180, 123),
     "linear dense epilogue": (32, 32),
-    "linear up": (168, 162),
+    "linear up": (168, 161),
     "linear down": (180, 123),
     "linear down epilogue": (32, 32),
-    "linear up+qkv": (168, 162),
+    "linear up+qkv": (168, 161),
     "linear down+dense": (180, 123),
     "linear down+dense epilogue": (32, 32),
+    "linear down+dense, 100 rows": (214, 198),
+    "linear down+dense, 100 rows epilogue": (32, 32),
     "linear head": (182, 125),
-    "linear qkv, many rows": (255, 203),
-    "linear up+qkv, many rows": (168, 162),
-    "linear down+dense, many rows": (255, 205),
+    "linear qkv, many rows": (255, 204),
+    "linear up+qkv, many rows": (168, 161),
+    "linear down+dense, many rows": (255, 204),
     "linear up fp32": (128, 128),
+    "grouped qkv": (255, 204),
+    "grouped qkv epilogue": (34, 34),
+    "grouped up+qkv": (180, 163),
+    "grouped down+dense": (255, 204),
+    "grouped down+dense epilogue": (32, 32),
+    "grouped head": (180, 128),
+    "grouped up+qkv, many rows": (182, 155),
+    "grouped down+dense, many rows": (255, 208),
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernel_compiles_without_spills_and_within_shared_memory(name, capability, tmp_path):
-    kernel = KERNELS[name]
+@functools.cache
+def compiled_for(capability: int, name: str) -> Any:
+    kernel = (KERNELS | TWINS)[name]
     arguments = kernel.function.arg_names
     signature = {a: (TYPES | kernel.types).get(a, "i32") for a in arguments}
     signature |= dict.fromkeys(kernel.constants, "constexpr")
@@ -262,13 +295,18 @@ def test_kernel_compiles_without_spills_and_within_shared_memory(name, capabilit
         (a.endswith("_ptr") or a in ALIGNED) and a not in kernel.constants for a in arguments
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(is_aligned) if a}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel.function, signature, kernel.constants, attributes),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": kernel.num_warps, "enable_fp_fusion": not kernel.is_bitwise}
         | kernel.options,
     )
 
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_compiles_without_spills_and_within_shared_memory(name, capability, tmp_path):
+    kernel, compiled = KERNELS[name], compiled_for(capability, name)
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run(
@@ -279,7 +317,7 @@ def test_kernel_compiles_without_spills_and_within_shared_memory(name, capabilit
     found = f"{name} on sm_{capability}: {registers} registers, {shared} bytes shared"
     assert stack == 0, f"{found}, {stack} bytes of stack: it spills"
     assert shared <= MAX_SHARED_BYTES[capability], found
-    if name in LINEAR_KERNELS and "epilogue" not in name and "fp32" not in name:
+    if name in LINEAR_KERNELS | GROUPED_KERNELS and "epilogue" not in name and "fp32" not in name:
         # A row tile of 64 is one warpgroup's MMA; Triton takes the older one where it cannot.
         assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (capability == 90), found
         assert 2 * shared < MAX_SHARED_BYTES[capability], f"{found}: no two programs fit"
@@ -287,3 +325,27 @@ def test_kernel_compiles_without_spills_and_within_shared_memory(name, capabilit
         assert "fma.rn.f32" not in compiled.asm["ptx"], f"{name} fuses a multiply and an add"
         assert not re.search(r"\.ftz\.f32", compiled.asm["ptx"]), f"{name} flushes denormals"
     assert registers == REGISTERS[name][capability == 90], f"{found}, expected {REGISTERS[name]}"
+
+
+# Without the address arithmetic: products, sums and roundings of a tile's numbers, and what loads
+# the tiles, 16 bytes at a time.
+ARITHMETIC = re.compile(
+    r"\s(?:wgmma|mma|fma|add|sub|mul|cvt)\.\S*(?:f32|bf16)\S*|\scp\.async\.c[ag]\S*"
+)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", sorted(GROUPED_KERNELS))
+def test_a_second_weight_changes_no_arithmetic(name, capability):
+    """So a row of two weight sets has the bits of linear on a GPU, too."""
+    twin = name.replace("grouped", "twin")
+    got, expected = (
+        ARITHMETIC.findall(compiled_for(capability, n).asm["ptx"]) for n in (name, twin)
+    )
+    assert len(got) > 10 and got == expected
+
+
+def test_no_number_of_rows_and_no_boundary_compiles_a_kernel_of_its_own():
+    for kernel in (product.linear_kernel, product.epilogue_kernel):
+        free = {p.name for p in kernel.params if p.do_not_specialize}
+        assert free == {"num_rows", "boundary", "gelu_columns"}
