@@ -128,10 +128,12 @@ inline float maximum(F16 a) {
 // to[i][r] = rows[r][at + i], 16 x 16 elements of 32 bits: fp32 or pairs of bf16.
 template <class T>
 inline void transpose(const T* const (&rows)[16], int64_t at, T* to) {
+  constexpr int kParts = 4 / sizeof(T);
   for (int r = 0; r < 16; ++r) {
-    uint32_t row[16];
-    std::memcpy(row, rows[r] + at, sizeof row);
-    for (int i = 0; i < 16; ++i) std::memcpy(to + (16 * i + r) * 4 / sizeof(T), row + i, 4);
+    const T* row = rows[r] + at;
+    for (int i = 0; i < 16 * kParts; ++i) {
+      to[(i / kParts * 16 + r) * kParts + i % kParts] = row[i];
+    }
   }
 }
 
