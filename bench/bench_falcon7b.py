@@ -6,8 +6,9 @@
 Writes random bf16 weights of Falcon-7B's shape (14.4 GB in shards, lm_head stored beside the equal
 embedding as older checkpoints do) and a rank-16 adapter below --work, unless they are there. A
 fresh process then loads them and generates with the base alone and with all three passes. Prints
-one JSON line with load time, time per step and its share of the floor (the weights' bytes over the
-measured read rate), and the process's peak resident memory.
+one JSON line with load time, time per step and its share of the floor (the weights' bytes in dtype
+over the measured read rate; csrc stores bf16 in three quarters of them, so a share can pass 1), and
+the process's peak resident memory.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def measure(work: Path, num_prompts: int, weight_dtype: str) -> None:
         "max_tokens": MAX_TOKENS,
         "read_gb_s": round(ceilings.read_gb_s, 1),
         "floor_s": round(floor_s, 4),
+        "stored_gb": round(engine.memory_plan.weight_bytes / 1e9, 2),
         "load_s": round(load_s, 1),
         "peak_after_load_gib": round(load_gib, 2),
     }

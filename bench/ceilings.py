@@ -96,6 +96,7 @@ def floor_s(
     """Seconds that (prefill, all decode steps) take at least.
 
     A weight set costs its bytes or its products, whichever is more; every pass reads its K and V.
+    Bytes are the checkpoint's, in the dtype: an engine that stores weights in less can be faster.
     lengths: tokens of a prompt, and of a negative prompt.
     share: all negative prompts begin with one text, which is prefilled once.
     """

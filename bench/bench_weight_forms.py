@@ -1,11 +1,12 @@
-"""What does a product cost with weights in bf16 and in int8, by rows?
+"""What does a product cost with weights as they are, compressed and in int8, by rows?
 
-    python bench/bench_int8_linear.py [--threads 1] [--shapes 4544x22848] [--rows 1 3 12 48]
+    python bench/bench_weight_forms.py [--threads 1] [--shapes 4544x22848] [--rows 1 3 12 48]
         [--dtype bfloat16] [--isa NAME] [--seconds 3]
 
-The two take turns, and times are medians: with one thread of its CPU clock, which other work on the
+They take turns, and times are medians: with one thread of its CPU clock, which other work on the
 machine disturbs little, else of wall time. Weights lie in memory and not in a cache, as in a model:
-each call reads the next of as many copies as fill 512 MB.
+each call reads the next of as many copies as fill 512 MB. They are normal random numbers; trained
+ones take about as many bits when compressed (bench/NOTES.md).
 """
 
 from __future__ import annotations
@@ -25,36 +26,45 @@ from steer_engine.machine import DTYPES
 BYTES_OF_COPIES = 1 << 29
 
 
+def num_bytes(weight) -> int:
+    return sum(field.nbytes for field in weight if isinstance(field, torch.Tensor))
+
+
 def make_calls(shape: tuple[int, int], num_rows: int, dtype: torch.dtype) -> dict:
-    """{kind: (bytes of a weight, function of no arguments)}."""
+    """{form: (bytes of a weight, function of no arguments)}."""
     in_features, out_features = shape
     module = ops.implementation("cpu")
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
     x = torch.randn(num_rows, in_features, generator=generator).to(dtype)
     out = torch.empty(num_rows, out_features, dtype=dtype)
+    packers = {"as is": module.pack_weight, "int8": module.pack_int8_weight}
+    if dtype == torch.bfloat16:
+        packers["compressed"] = module.compress_weight
     calls = {}
-    for kind, pack in (("as is", module.pack_weight), ("int8", module.pack_int8_weight)):
+    for form, pack in packers.items():
         first = pack(weight.to(dtype))
-        num_copies = max(1, BYTES_OF_COPIES // first.data.nbytes)
+        if first is None:
+            continue
+        num_copies = max(1, BYTES_OF_COPIES // num_bytes(first))
         others = [first._replace(data=first.data.clone()) for _ in range(num_copies - 1)]
         copies = itertools.cycle([first, *others])
-        calls[kind] = (first.data.nbytes, lambda c=copies: module.linear(x, next(c), out))
+        calls[form] = (num_bytes(first), lambda c=copies: module.linear(x, next(c), out))
     return calls
 
 
 def measure(calls: dict, seconds: float, clock) -> dict[str, float]:
-    """{kind: median ms}, kinds in turns."""
-    times: dict[str, list[float]] = {kind: [] for kind in calls}
+    """{form: median ms}, forms in turns."""
+    times: dict[str, list[float]] = {form: [] for form in calls}
     for _, call in calls.values():
         call()
     started_at = time.perf_counter()
     while time.perf_counter() - started_at < seconds:
-        for kind, (_, call) in calls.items():
+        for form, (_, call) in calls.items():
             before = clock()
             call()
-            times[kind].append(1e3 * (clock() - before))
-    return {kind: statistics.median(values) for kind, values in times.items()}
+            times[form].append(1e3 * (clock() - before))
+    return {form: statistics.median(values) for form, values in times.items()}
 
 
 def main() -> None:
@@ -78,13 +88,12 @@ def main() -> None:
         for num_rows in settings.rows:
             calls = make_calls(shape, num_rows, DTYPES[settings.dtype])
             times = measure(calls, settings.seconds, clock)
-            gb_s = {kind: calls[kind][0] / times[kind] / 1e6 for kind in calls}
-            print(
-                f"{name} {num_rows:3d} rows: {settings.dtype} {times['as is']:.2f} ms "
-                f"({gb_s['as is']:.1f} GB/s), int8 {times['int8']:.2f} ms "
-                f"({gb_s['int8']:.1f} GB/s), {times['as is'] / times['int8']:.2f}x",
-                flush=True,
-            )
+            parts = []
+            for form in calls:
+                rate = calls[form][0] / times[form] / 1e6
+                ratio = times["as is"] / times[form]
+                parts.append(f"{form} {times[form]:.2f} ms ({rate:.1f} GB/s, {ratio:.2f}x)")
+            print(f"{name} {settings.dtype} {num_rows:3d} rows: {', '.join(parts)}", flush=True)
 
 
 if __name__ == "__main__":
