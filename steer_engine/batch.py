@@ -51,34 +51,43 @@ class Batch(NamedTuple):
         return last_slots(self.block_tables, self.table_ids, self.seq_lens, self.block_size)[1]
 
 
-def build_batch(
-    rows: Sequence[RunningPass],
-    input_ids: Sequence[int],
-    positions: Sequence[int],
-    *,
-    block_size: int,
-    is_prefill: bool,
-    device: torch.device,
-) -> Batch:
-    """rows: the pass that each token belongs to, domain-weight rows first.
+class Span(NamedTuple):
+    """Tokens of one pass that follow each other.
 
-    input_ids, positions: of each token.
+    first_position: of the first token in its sequence.
     """
+
+    running_pass: RunningPass
+    first_position: int
+    input_ids: Sequence[int]
+
+
+def build_batch(
+    spans: Sequence[Span], *, block_size: int, is_prefill: bool, device: torch.device
+) -> Batch:
+    """spans: those of passes with the domain's weights first."""
     table_of: dict[int, int] = {}
     tables: list[list[int]] = []
-    for running_pass in rows:
+    for running_pass, _, _ in spans:
         if id(running_pass) not in table_of:
             table_of[id(running_pass)] = len(tables)
             tables.append(running_pass.allocation.block_table)
     block_tables = np.zeros((len(tables), max(map(len, tables))), dtype=np.int32)
     for index, table in enumerate(tables):
         block_tables[index, : len(table)] = table
+    lengths = np.array([len(span.input_ids) for span in spans])
+    is_domain = [span.running_pass.weight_set is WeightSet.DOMAIN for span in spans]
+    # Positions rise by one with every token of the batch, but for a jump at the start of a span.
+    ends = lengths.cumsum()
+    jumps = np.array([span.first_position for span in spans]) - (ends - lengths)
+    positions = np.arange(ends[-1]) + jumps.repeat(lengths)
+    table_ids = np.array([table_of[id(span.running_pass)] for span in spans]).repeat(lengths)
     return Batch(
-        input_ids=to_tensor(input_ids, np.int64, device),
+        input_ids=to_tensor([i for span in spans for i in span.input_ids], np.int64, device),
         block_tables=to_tensor(block_tables, np.int32, device),
-        table_ids=to_tensor([table_of[id(p)] for p in rows], np.int32, device),
-        seq_lens=to_tensor(np.array(positions, dtype=np.int32) + 1, np.int32, device),
-        num_domain_tokens=sum(p.weight_set is WeightSet.DOMAIN for p in rows),
+        table_ids=to_tensor(table_ids, np.int32, device),
+        seq_lens=to_tensor(positions + 1, np.int32, device),
+        num_domain_tokens=int(lengths[is_domain].sum()),
         block_size=block_size,
         is_prefill=is_prefill,
     )
@@ -107,29 +116,26 @@ class DecodeRows:
     def build(
         cls, running: Sequence[DecodingSequence], block_size: int, device: torch.device
     ) -> DecodeRows:
-        rows: list[RunningPass] = []
-        input_ids, positions, row_seqs, limits = [], [], [], []
+        spans: list[Span] = []
+        row_seqs, limits = [], []
         row_of: dict[tuple[int, PassKind], int] = {}
         for kind in ROW_ORDER:
             for index, sequence in enumerate(running):
                 for running_pass in sequence.passes:
                     if running_pass.kind is not kind:
                         continue
-                    row_of[index, kind] = len(rows)
-                    rows.append(running_pass)
+                    row_of[index, kind] = len(spans)
                     row_seqs.append(index)
                     last = sequence.token_ids[-1] if sequence.step else running_pass.prompt_ids[-1]
-                    input_ids.append(last)
-                    positions.append(len(running_pass.prompt_ids) - 1 + sequence.step)
+                    first_drawn_from = len(running_pass.prompt_ids) - 1
+                    spans.append(Span(running_pass, first_drawn_from + sequence.step, [last]))
                     # The last drawn token is never fed back, so it has no slot.
-                    limits.append(len(running_pass.prompt_ids) - 1 + sequence.sampling.max_tokens)
+                    limits.append(first_drawn_from + sequence.sampling.max_tokens)
         present = {kind for _, kind in row_of}
         # The sampler reads the first pass as the domain's, for the plausibility cut.
         passes = [k for k in ROW_ORDER if k in present or k is PassKind.DOMAIN]
         logit_rows = [[row_of.get((i, kind), 0) for i in range(len(running))] for kind in passes]
-        batch = build_batch(
-            rows, input_ids, positions, block_size=block_size, is_prefill=False, device=device
-        )
+        batch = build_batch(spans, block_size=block_size, is_prefill=False, device=device)
         return cls(
             batch,
             to_tensor(logit_rows, np.int64, device),

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .batch import Batch, build_batch, to_tensor
+from .batch import Batch, Span, build_batch, to_tensor
 from .guidance import Guidance, PassKind
 from .kernels.reference.guided_sample import STATUS_NAN
 from .kv_cache import KVCache
@@ -93,9 +93,7 @@ class ContrastiveSearcher:
         for first in range(0, len(tokens), max_tokens):
             chunk = tokens[first : first + max_tokens]
             batch = build_batch(
-                [s.passes[0] for s, _ in chunk],
-                [s.passes[0].prompt_ids[position] for s, position in chunk],
-                [position for _, position in chunk],
+                [Span(s.passes[0], i, s.passes[0].prompt_ids[i : i + 1]) for s, i in chunk],
                 block_size=cache.block_size,
                 is_prefill=True,
                 device=model.device,

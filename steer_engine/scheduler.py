@@ -12,35 +12,39 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .batch import Batch, DecodeRows, build_batch
+from .batch import Batch, DecodeRows, Span, build_batch
 from .kv_cache import Allocation, KVCache
 from .sequence import FINISH_DROPPED, DecodingSequence, RunningPass
 
 
 @dataclass
 class _Prefilling:
-    """An admitted sequence and the tokens of its prompts that are not in the cache.
+    """An admitted sequence and what of its prompts is not in the cache.
 
     The last token of a prompt is left to the first decode step, which needs its logits. A search
     runs its prompt itself.
     """
 
     sequence: DecodingSequence
-    tokens: deque[tuple[RunningPass, int]]
+    spans: deque[Span]
 
     @classmethod
     def of(cls, sequence: DecodingSequence) -> _Prefilling:
-        return cls(
-            sequence,
-            deque(
-                (running_pass, position)
-                for running_pass in sequence.passes
-                if sequence.search is None
-                for position in range(
-                    running_pass.allocation.num_cached, len(running_pass.prompt_ids) - 1
-                )
-            ),
-        )
+        spans = deque()
+        for running_pass in sequence.passes if sequence.search is None else ():
+            first = running_pass.allocation.num_cached
+            missing = running_pass.prompt_ids[first:-1]
+            if missing:
+                spans.append(Span(running_pass, first, missing))
+        return cls(sequence, spans)
+
+    def take(self, max_tokens: int) -> Span:
+        """The next tokens, at least one."""
+        running_pass, first, input_ids = self.spans.popleft()
+        if len(input_ids) > max_tokens:
+            rest = Span(running_pass, first + max_tokens, input_ids[max_tokens:])
+            self.spans.appendleft(rest)
+        return Span(running_pass, first, input_ids[:max_tokens])
 
 
 class Prefill(NamedTuple):
@@ -169,23 +173,23 @@ class Scheduler:
         """
         if not self._prefilling:
             return None
-        chunk: list[tuple[RunningPass, int]] = []
+        chunk: list[Span] = []
         complete: list[DecodingSequence] = []
+        room = max_tokens
         while self._prefilling:
-            tokens = self._prefilling[0].tokens
-            while tokens and len(chunk) < max_tokens:
-                chunk.append(tokens.popleft())
-            if tokens:
+            prefilling = self._prefilling[0]
+            while prefilling.spans and room > 0:
+                chunk.append(prefilling.take(room))
+                room -= len(chunk[-1].input_ids)
+            if prefilling.spans:
                 break
             complete.append(self._prefilling.popleft().sequence)
         if not chunk:
             return Prefill(None, complete)
         # Stable: the order within a weight set stays.
-        chunk.sort(key=lambda item: item[0].weight_set)
+        chunk.sort(key=lambda span: span.running_pass.weight_set)
         batch = build_batch(
-            [p for p, _ in chunk],
-            [p.prompt_ids[position] for p, position in chunk],
-            [position for _, position in chunk],
+            chunk,
             block_size=self.kv_cache.block_size,
             is_prefill=True,
             device=self.kv_cache.k.device,
