@@ -34,7 +34,8 @@ class EngineConfig:
         dtype: "float32", "bfloat16" or "auto" (bf16 where it is fast).
         weight_dtype: "int8" (quantised per output channel, see kernels/reference/linear.py; half
             the bytes of bf16, so up to twice the speed where few sequences run, and a small loss
-            of quality) or "auto" (as dtype). Inputs, cache and an adapter stay in dtype.
+            of quality) or "auto" (as dtype; backend cpu compresses bf16 without loss, see
+            csrc/cpu/compressed_weight.h). Inputs, cache and an adapter stay in dtype.
         backend: "reference", "cpu", "triton", "cuda" or "auto"; int8 needs one of the first two.
         max_num_seqs: sequences that run side by side.
         max_model_len: longest prompt plus completion, in tokens; None: the model's

@@ -227,7 +227,7 @@ OPTIONS = (
         "weight_dtype",
         str,
         _machine.weight_dtype,
-        "How weights are stored: auto (as dtype) or int8.",
+        "How weights are stored: auto (as dtype, without loss) or int8.",
     ),
     Option(
         "backend", str, _machine.backend, "Kernels to use: auto, reference, cpu, triton or cuda."

@@ -1,8 +1,8 @@
 // out = x W^T + bias, then GELU on the first columns, then stored or added to out.
 //
 // A weight in int8 is W = scales * packed: whole numbers are summed, and sums scaled. A compressed
-// one is decoded in registers. The tail of either, the last columns of W, is added behind that as
-// it is.
+// one is decoded, in registers or by the block. The tail of either, the last columns of W, is added
+// behind that as it is.
 //
 // A task is a panel of 64 columns. Its weights are read from memory once, in blocks of kBlockLen
 // inputs, and every block is used for all rows of a chunk while it lies in cache.
@@ -15,8 +15,9 @@ constexpr int64_t kBlockLen = 1024;
 // With more rows than a tile has, memory would idle while a block is used again, so blocks are
 // short, and the first use of one asks for the next.
 constexpr int64_t kShortBlockLen = 96;
-template <class T>
-constexpr int64_t kBytesPerInput = kLanes * sizeof(T);  // of 16 columns
+// Rows for which compressed weights are decoded in registers, again for each tile, and not once to
+// memory.
+constexpr int64_t kMaxTallRows = 48;
 // Bytes ahead for a single tile of rows, in each group of columns, or in a compressed panel.
 constexpr int64_t kAheadOfOneTile = 1024;
 constexpr int64_t kAheadOfOneCompressedTile = 4096;
@@ -33,19 +34,15 @@ constexpr int64_t kMaxConvertedLen = kFp32BlockLen * sizeof(float) / sizeof(C);
 // The sums of a chunk of rows, 240 x 64 in fp32, are 60 KB of L2.
 constexpr int64_t kRowChunk = 240;
 
-// Whether weights are stored otherwise than multiplied.
 template <class Columns>
-constexpr bool kIsEncoded =
-    std::is_same_v<Columns, CompressedColumns> || std::is_same_v<Columns, PackedColumns<int8_t>>;
+constexpr bool kIsInt8 = std::is_same_v<Columns, PackedColumns<int8_t>>;
+template <class Columns>
+constexpr bool kIsCompressed = std::is_same_v<Columns, CompressedColumns>;
 
-// Bytes ahead that are one block of k_len inputs.
-template <class Columns>
-constexpr int64_t block_bytes(int64_t k_len) {
-  if constexpr (std::is_same_v<Columns, CompressedColumns>) {
-    return k_len / kUnitInputs * kPanelGroups * kUnitBytes;
-  } else {
-    return k_len * kLanes * sizeof(*Columns::packed);
-  }
+// Bytes of 16 columns and so many inputs.
+template <class W>
+constexpr int64_t group_bytes(int64_t k_len) {
+  return k_len * kLanes * sizeof(W);
 }
 
 // The sums of a chunk of rows and room for converted blocks, with a padded last input.
@@ -56,25 +53,32 @@ struct PanelScratch {
 };
 
 // One call of `multiply`, for weights that are converted first, and inputs where they have to be.
-// rows: more than a tile's for encoded weights.
+// rows: more than a tile's for int8 and compressed weights.
 template <class T, class Columns>
 inline void multiply_converted(const T* x, int64_t x_row_stride, int64_t rows,
                                const Columns& columns, int64_t num_groups, int64_t k_len,
                                const PanelScratch& scratch) {
   using C = Converted<T>;
-  const PackedColumns<C> weights{reinterpret_cast<C*>(scratch.weights),
-                                 kMaxConvertedLen<C> * kLanes};
-  C* to = const_cast<C*>(weights.packed);
+  C* to = reinterpret_cast<C*>(scratch.weights);
+  const PackedColumns<C> weights{to, kMaxConvertedLen<C> * kLanes};
   float* sums = scratch.sums;
-  if constexpr (kIsEncoded<Columns>) {
-    constexpr int64_t kAhead = kPrefetchesWeights ? block_bytes<Columns>(kMaxConvertedLen<C>) : 0;
-    multiply_first_rows<kAhead>(x, x_row_stride, columns, num_groups, k_len, to,
-                                weights.group_stride, sums, kPanelWidth);
+  const auto skip_tile = [&] {
     x += kRowTile * x_row_stride;
     sums += kRowTile * kPanelWidth;
     rows -= kRowTile;
+  };
+  if constexpr (kIsInt8<Columns>) {
+    constexpr int64_t kAhead = kPrefetchesWeights ? group_bytes<int8_t>(kMaxConvertedLen<C>) : 0;
+    multiply_first_rows<kAhead>(x, x_row_stride, columns, num_groups, k_len, sums, kPanelWidth,
+                                KeepWeights<C>{to, weights.group_stride});
+    skip_tile();
   } else {
     convert_weights(columns, num_groups, k_len, to, weights.group_stride);
+    if constexpr (kIsCompressed<Columns> && kPrefetchesWeights) {
+      multiply_first_rows<0>(x, x_row_stride, weights, num_groups, k_len, sums, kPanelWidth,
+                             AskForUnits{columns.from_input(k_len).unit(0, 0)});
+      skip_tile();
+    }
   }
   if constexpr (std::is_same_v<C, T>) {
     multiply(x, x_row_stride, rows, weights, num_groups, k_len, sums, kPanelWidth);
@@ -118,8 +122,7 @@ template <class T, class Columns>
 inline void multiply_one_tile(const T* x, int64_t x_row_stride, int64_t rows,
                               const Columns& columns, int64_t num_groups, int64_t in_features,
                               float* sums) {
-  constexpr int64_t kAhead =
-      std::is_same_v<Columns, CompressedColumns> ? kAheadOfOneCompressedTile : kAheadOfOneTile;
+  constexpr int64_t kAhead = kIsCompressed<Columns> ? kAheadOfOneCompressedTile : kAheadOfOneTile;
   multiply_blocks<kBlockLen, kPrefetchesWeights ? kAhead : 0>(x, x_row_stride, rows, columns,
                                                               num_groups, in_features, sums);
 }
@@ -128,9 +131,20 @@ inline void multiply_one_tile(const T* x, int64_t x_row_stride, int64_t rows,
 template <class T, class Columns>
 inline void multiply_panel(const T* x, int64_t x_row_stride, int64_t rows, const Columns& columns,
                            int64_t num_groups, int64_t in_features, const PanelScratch& scratch) {
-  constexpr int64_t kMinRows = kIsEncoded<Columns> ? kRowTile + 1
-                               : kCanConvert<T>    ? kMinRowsToConvert
-                                                   : kNever;
+  if constexpr (kIsCompressed<Columns> && !kCanConvert<T>) {
+    if (rows > kRowTile && rows <= kMaxTallRows) {
+      constexpr int64_t kAhead = kShortBlockLen / kUnitInputs * kPanelGroups * kUnitBytes;
+      for (int64_t k = 0; k < in_features; k += kShortBlockLen) {
+        multiply_tall<kAhead>(x + k, x_row_stride, rows, columns.from_input(k), num_groups,
+                              std::min(kShortBlockLen, in_features - k), scratch.sums, kPanelWidth);
+      }
+      return;
+    }
+  }
+  constexpr bool kIsEncoded = kIsInt8<Columns> || kIsCompressed<Columns>;
+  constexpr int64_t kMinRows = kIsEncoded       ? kRowTile + 1
+                               : kCanConvert<T> ? kMinRowsToConvert
+                                                : kNever;
   if constexpr (kMinRows != kNever) {
     if (rows >= kMinRows) {
       using C = Converted<T>;
@@ -143,9 +157,9 @@ inline void multiply_panel(const T* x, int64_t x_row_stride, int64_t rows, const
       return;
     }
   }
-  if constexpr (kPrefetchesWeights && !kIsEncoded<Columns>) {
+  if constexpr (kPrefetchesWeights && !kIsEncoded) {
     if (rows > kRowTile) {
-      multiply_blocks<kShortBlockLen, block_bytes<Columns>(kShortBlockLen)>(
+      multiply_blocks<kShortBlockLen, group_bytes<T>(kShortBlockLen)>(
           x, x_row_stride, rows, columns, num_groups, in_features, scratch.sums);
       return;
     }

@@ -71,21 +71,62 @@ inline void multiply(const T* x, int64_t x_row_stride, int64_t num_rows, const C
                                        sums + num_tiled * sums_row_stride, sums_row_stride);
 }
 
-// The tiles of the first kRowTile rows, which read int8 or compressed weights and leave them
-// decoded for the rows behind them: like this reading from memory and multiplying overlap.
-template <int64_t kAhead, class T, class Columns, class C>
+// The tiles of the first kRowTile rows, which do something for the rows or the block behind them,
+// too: like this reading from memory and multiplying overlap.
+template <int64_t kAhead, class T, class Columns, class Keep>
 inline void multiply_first_rows(const T* x, int64_t x_row_stride, const Columns& columns,
-                                int64_t num_groups, int64_t k_len, C* to, int64_t to_group_stride,
-                                float* sums, int64_t sums_row_stride) {
+                                int64_t num_groups, int64_t k_len, float* sums,
+                                int64_t sums_row_stride, const Keep& keep) {
   int64_t group = 0;
   const auto tile = [&](auto groups) {
-    const KeepWeights<C> keep{to + group * to_group_stride, to_group_stride};
     multiply_tile<kRowTile, groups(), kAhead>(x, x_row_stride, columns.from_group(group), k_len,
-                                              sums + group * kLanes, sums_row_stride, keep);
+                                              sums + group * kLanes, sums_row_stride,
+                                              keep.from_group(group));
     group += groups();
   };
   while (group + kColumnTile <= num_groups) tile(std::integral_constant<int, kColumnTile>());
   while (group < num_groups) tile(std::integral_constant<int, 1>());
+}
+
+// Tiles for compressed weights and many rows: decoding a weight takes as long as some products, and
+// goes on beside them if there are enough, so a tile has as many rows as registers hold sums.
+constexpr int kTallRowTile = 12;
+constexpr int kTallColumnTile = 2;
+
+template <int kRows, int64_t kAhead>
+inline void multiply_tall_tile(int64_t num_rows, const bf16* x, int64_t x_row_stride,
+                               const CompressedColumns& columns, int64_t num_groups, int64_t k_len,
+                               float* sums, int64_t sums_row_stride) {
+  if constexpr (kRows > kTallRowTile / 2) {
+    if (num_rows < kRows) {
+      multiply_tall_tile<kRows - 1, kAhead>(num_rows, x, x_row_stride, columns, num_groups, k_len,
+                                            sums, sums_row_stride);
+      return;
+    }
+  }
+  int64_t group = 0;
+  for (; group + kTallColumnTile <= num_groups; group += kTallColumnTile) {
+    multiply_tile<kRows, kTallColumnTile, kAhead>(x, x_row_stride, columns.from_group(group), k_len,
+                                                  sums + group * kLanes, sums_row_stride);
+  }
+  for (; group < num_groups; ++group) {
+    multiply_tile<kRows, 1, kAhead>(x, x_row_stride, columns.from_group(group), k_len,
+                                    sums + group * kLanes, sums_row_stride);
+  }
+}
+
+// num_rows: at least half of a tall tile's; all tiles get as many, or one less.
+template <int64_t kAhead>
+inline void multiply_tall(const bf16* x, int64_t x_row_stride, int64_t num_rows,
+                          const CompressedColumns& columns, int64_t num_groups, int64_t k_len,
+                          float* sums, int64_t sums_row_stride) {
+  const int64_t num_tiles = round_up(num_rows, kTallRowTile) / kTallRowTile;
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    const int64_t row = num_rows * tile / num_tiles;
+    multiply_tall_tile<kTallRowTile, kAhead>(
+        num_rows * (tile + 1) / num_tiles - row, x + row * x_row_stride, x_row_stride, columns,
+        num_groups, k_len, sums + row * sums_row_stride, sums_row_stride);
+  }
 }
 
 // Whether products of T may be done in fp32, from kMinRowsToConvert rows on.
@@ -111,6 +152,36 @@ inline void convert_weights(const PackedColumns<T>& columns, int64_t num_groups,
     const T* packed = columns.from_group(group).packed;
     for (int64_t k = 0; k < k_len; k += 2) {
       store(to + group * to_group_stride + k * kLanes, load_weights(packed + k * kLanes));
+    }
+  }
+}
+
+// To bf16 or fp32. k_len: a multiple of kUnitInputs.
+template <class C>
+inline void convert_weights(const CompressedColumns& columns, int64_t num_groups, uint64_t k_len,
+                            C* to, int64_t to_group_stride) {
+  for (uint64_t unit = 0; unit < k_len / kUnitInputs; ++unit) {
+    const uint64_t raw_groups = columns.raw_groups(unit);
+    for (int64_t group = 0; group < num_groups; ++group) {
+      C* own_to = to + group * to_group_stride + unit * kUnitInputs * kLanes;
+      if (raw_groups >> group & 1) [[unlikely]] {
+        const bf16* raw = columns.raw_unit(unit, group);
+        if (kPrefetchesWeights) prefetch_raw(raw + kRawUnitsAhead * kUnitValues);
+        for (int64_t i = 0; i < kUnitValues; i += 2 * kLanes) {
+          store(own_to + i, load_weights(raw + i));
+        }
+        continue;
+      }
+      // All of them before the first is stored: for all that GCC knows, a store changes the unit.
+      const uint8_t* packed = columns.unit(unit, group);
+      const uint16_t* lowest_exponents = columns.lowest_exponents(group);
+      const Bf16Weights pairs[] = {
+          decompress<0>(packed, lowest_exponents), decompress<1>(packed, lowest_exponents),
+          decompress<2>(packed, lowest_exponents), decompress<3>(packed, lowest_exponents)};
+#pragma GCC unroll 4
+      for (int64_t pair = 0; pair < kUnitPairs; ++pair) {
+        store(own_to + pair * 2 * kLanes, pairs[pair]);
+      }
     }
   }
 }

@@ -52,19 +52,37 @@ inline auto load_step(const int8_t* packed) {
   }
 }
 
-// What a tile does with the weights that it has loaded and converted.
+// Always inlined: GCC drops calls of a function that does nothing but this, as without effect.
+[[gnu::always_inline]] inline void prefetch(const void* p, int64_t ahead = 0) {
+  __builtin_prefetch(static_cast<const char*>(p) + ahead);
+}
+
+// What a tile does with weights that it has loaded, beside multiplying them.
 struct DropWeights {
   template <class Weights>
   void operator()(int64_t, int64_t, const Weights&) const {}
 };
+// Leaves them as they are multiplied.
 template <class C>
 struct KeepWeights {
   C* to;  // of the tile's first group
   int64_t group_stride;
 
+  KeepWeights from_group(int64_t group) const { return {to + group * group_stride, group_stride}; }
   template <class Weights>
   void operator()(int64_t k, int64_t group, const Weights& weights) const {
     store(to + group * group_stride + k * kLanes, weights);
+  }
+};
+// Asks for compressed units of as many inputs, three lines of cache for each pair.
+struct AskForUnits {
+  const uint8_t* units;
+
+  AskForUnits from_group(int64_t) const { return *this; }
+  template <class Weights>
+  [[gnu::always_inline]] void operator()(int64_t k, int64_t group, const Weights&) const {
+    constexpr int64_t kLines = kPanelGroups * kUnitBytes / kUnitPairs / 64;
+    if (group < kLines) prefetch(units + (k / 2 * kLines + group) * 64);
   }
 };
 
@@ -73,16 +91,16 @@ struct TileSums {
   F16 sums[kRows][kGroups];
 
   [[gnu::always_inline]] void load_from(const float* memory, int64_t row_stride) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int g = 0; g < kGroups; ++g) sums[r][g] = load(memory + r * row_stride + g * kLanes);
     }
   }
   [[gnu::always_inline]] void store_to(float* memory, int64_t row_stride) const {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int g = 0; g < kGroups; ++g) store(memory + r * row_stride + g * kLanes, sums[r][g]);
     }
   }
@@ -90,9 +108,9 @@ struct TileSums {
   template <class T, class Weights>
   [[gnu::always_inline]] void add(const T* x, int64_t x_row_stride,
                                   const Weights (&weights)[kGroups]) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int g = 0; g < kGroups; ++g) {
         sums[r][g] = multiply_add(sums[r][g], x + r * x_row_stride, weights[g]);
       }
@@ -100,18 +118,13 @@ struct TileSums {
   }
 };
 
-// Always inlined: GCC drops calls of a function that does nothing but this, as without effect.
-[[gnu::always_inline]] inline void prefetch(const void* p, int64_t ahead) {
-  __builtin_prefetch(static_cast<const char*>(p) + ahead);
-}
-
 // One step over all sums of a tile, from input k on.
 template <int kRows, int kGroups, int64_t kAhead, class T, class W, class Keep>
 [[gnu::always_inline]] inline void multiply_step(const T* x, int64_t x_row_stride,
                                                  const PackedColumns<W>& columns, int64_t k,
                                                  const Keep& keep, TileSums<kRows, kGroups>& tile) {
   decltype(load_step<T>(columns.packed)) weights[kGroups];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int g = 0; g < kGroups; ++g) {
     const W* group = columns.packed + g * columns.group_stride + k * kLanes;
     weights[g] = load_step<T>(group);
@@ -147,48 +160,53 @@ constexpr int64_t kRawUnitsAhead = 4;
   for (int64_t i = 0; i < kUnitValues; i += 64 / sizeof(bf16)) prefetch(unit + i, 0);
 }
 
+constexpr int kNumSumsBesideExponents = 20;
+
 // One pair of inputs of a unit over all sums of a tile.
-template <int kPair, bool kHasRaw, int kRows, int kGroups, class Keep>
+template <int kPair, bool kHasRaw, int kRows, int kGroups>
 [[gnu::always_inline]] inline void multiply_pair(const bf16* x, int64_t x_row_stride,
                                                  const CompressedColumns& columns, uint64_t unit,
                                                  const bf16* const (&raw)[kGroups],
-                                                 const Keep& keep, TileSums<kRows, kGroups>& tile) {
+                                                 TileSums<kRows, kGroups>& tile) {
   Bf16Weights weights[kGroups];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int g = 0; g < kGroups; ++g) {
     if (kHasRaw && raw[g]) {
       weights[g] = load_weights(raw[g] + kPair * 2 * kLanes);
-    } else {
-      weights[g] = decompress<kPair>(columns.unit(unit, g), columns.lowest_exponents(g));
+      continue;
     }
-    keep(unit * kUnitInputs + 2 * kPair, g, weights[g]);
+    const uint16_t* lowest_exponents = columns.lowest_exponents(g);
+    // They are read anew for each pair. Else GCC keeps them in registers, which the sums of a full
+    // tile need, and spills both.
+    if constexpr (kRows * kGroups > kNumSumsBesideExponents) {
+      asm volatile("" : "+r"(lowest_exponents));
+    }
+    weights[g] = decompress<kPair>(columns.unit(unit, g), lowest_exponents);
   }
   tile.add(x + 2 * kPair, x_row_stride, weights);
 }
 
-template <bool kHasRaw, int kRows, int kGroups, class Keep>
+template <bool kHasRaw, int kRows, int kGroups>
 [[gnu::always_inline]] inline void multiply_unit(const bf16* x, int64_t x_row_stride,
                                                  const CompressedColumns& columns, uint64_t unit,
                                                  const bf16* const (&raw)[kGroups],
-                                                 const Keep& keep, TileSums<kRows, kGroups>& tile) {
-  multiply_pair<0, kHasRaw>(x, x_row_stride, columns, unit, raw, keep, tile);
-  multiply_pair<1, kHasRaw>(x, x_row_stride, columns, unit, raw, keep, tile);
-  multiply_pair<2, kHasRaw>(x, x_row_stride, columns, unit, raw, keep, tile);
-  multiply_pair<3, kHasRaw>(x, x_row_stride, columns, unit, raw, keep, tile);
+                                                 TileSums<kRows, kGroups>& tile) {
+  multiply_pair<0, kHasRaw>(x, x_row_stride, columns, unit, raw, tile);
+  multiply_pair<1, kHasRaw>(x, x_row_stride, columns, unit, raw, tile);
+  multiply_pair<2, kHasRaw>(x, x_row_stride, columns, unit, raw, tile);
+  multiply_pair<3, kHasRaw>(x, x_row_stride, columns, unit, raw, tile);
 }
 
 // k_len: a multiple of kUnitInputs.
-template <int kRows, int kGroups, int64_t kAhead, class T, class Keep = DropWeights>
+template <int kRows, int kGroups, int64_t kAhead, class T>
 inline void multiply_tile(const T* x, int64_t x_row_stride, const CompressedColumns& columns,
-                          int64_t k_len, float* sums, int64_t sums_row_stride,
-                          const Keep& keep = {}) {
+                          uint64_t k_len, float* sums, int64_t sums_row_stride) {
   static_assert(kUnitPairs == 4 && std::is_same_v<T, bf16>);
   constexpr uint64_t kAllGroups = (1u << kGroups) - 1;
   TileSums<kRows, kGroups> tile;
   tile.load_from(sums, sums_row_stride);
   const bf16* raw[kGroups] = {};
-  for (uint64_t unit = 0; unit < static_cast<uint64_t>(k_len) / kUnitInputs;
-       ++unit, x += kUnitInputs) {
+  for (uint64_t unit = 0; unit < k_len / kUnitInputs; ++unit, x += kUnitInputs) {
     if constexpr (kAhead > 0) {
       for (int64_t i = 0; i < kGroups * kUnitBytes; i += 64) {
         prefetch(columns.unit(unit, 0) + i, kAhead);
@@ -196,14 +214,14 @@ inline void multiply_tile(const T* x, int64_t x_row_stride, const CompressedColu
     }
     const uint64_t raw_groups = columns.raw_groups(unit) & kAllGroups;
     if (raw_groups == 0) [[likely]] {
-      multiply_unit<false>(x, x_row_stride, columns, unit, raw, keep, tile);
+      multiply_unit<false>(x, x_row_stride, columns, unit, raw, tile);
       continue;
     }
     for (int g = 0; g < kGroups; ++g) {
       raw[g] = raw_groups >> g & 1 ? columns.raw_unit(unit, g) : nullptr;
       if (kAhead > 0 && raw[g]) prefetch_raw(raw[g] + kRawUnitsAhead * kUnitValues);
     }
-    multiply_unit<true>(x, x_row_stride, columns, unit, raw, keep, tile);
+    multiply_unit<true>(x, x_row_stride, columns, unit, raw, tile);
   }
   tile.store_to(sums, sums_row_stride);
 }
