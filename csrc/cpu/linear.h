@@ -147,9 +147,8 @@ inline void multiply_panel(const T* x, int64_t x_row_stride, int64_t rows, const
                                                 : kNever;
   if constexpr (kMinRows != kNever) {
     if (rows >= kMinRows) {
-      using C = Converted<T>;
-      const bool are_few = std::is_same_v<C, float> && rows < kManyRows;
-      const int64_t block_len = are_few ? kFp32BlockLenOfFewRows : kMaxConvertedLen<C>;
+      const int64_t block_len =
+          rows < kManyRows ? kFp32BlockLenOfFewRows : kMaxConvertedLen<Converted<T>>;
       for (int64_t k = 0; k < in_features; k += block_len) {
         multiply_converted(x + k, x_row_stride, rows, columns.from_input(k), num_groups,
                            std::min(block_len, in_features - k), scratch);
