@@ -5,10 +5,10 @@ and how far from their floors?
 
 Builds csrc where nvcc is found, then runs the parts below and writes bench/results/gpu_NAME.json
 after every entry. A part that breaks, or a backend that is not there, is reported and the rest goes
-on. Needs no network and no installation: torch, triton, and this checkout.
+on. Needs no network and no installation: torch, triton, and this checkout (hf: transformers).
 Exit status: 0 all passed, 1 something failed, 2 no GPU.
 
-The seconds are estimates for an H100, 510 in all; every entry of the result says what it took, and
+The seconds are estimates for an H100, 560 in all; every entry of the result says what it took, and
 what would begin too late is skipped.
 
     build      60 s  csrc, if it is older than its sources
@@ -21,6 +21,8 @@ what would begin too late is skipped.
     two_sets   30 s  the same with a full fine-tune: two weight sets, some 31 GB
     times      60 s  layer_norm, linear against cuBLAS, two weight sets in one launch against two,
                      attention against SDPA
+    hf         50 s  a step by Hugging Face's transformers, generate and three passes, and how much
+                     faster the steps above were
     draws      10 s  a million draws of 50 and of 65,024 tokens: chi-square
     sanitizer 120 s  compute-sanitizer's memcheck and racecheck on a short run, where it is on PATH
 """
@@ -41,7 +43,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests/kernels")]
 PARTS = (
-    "build", "bits", "graph", "ops", "sampler", "step", "two_sets", "times", "draws",
+    "build", "bits", "graph", "ops", "sampler", "step", "two_sets", "times", "hf", "draws",
     "sanitizer",
 )  # fmt: skip
 GPU_BACKENDS = ("triton", "cuda")
@@ -235,6 +237,7 @@ def short_run(device: torch.device) -> int:
 
 
 def measure(report, device: torch.device, parts) -> None:
+    import gpu_hf
     import gpu_step
     import gpu_times
     from checkpoints import FALCON_7B
@@ -264,6 +267,8 @@ def measure(report, device: torch.device, parts) -> None:
         gpu_times.time_grouped_linear,
     ):
         run("times", function, device, ceilings)
+    # Last: a capture that fails inside a library may leave the random numbers unusable.
+    run("hf", gpu_hf.time_hf, device, ceilings, FALCON_7B)
 
 
 def main() -> int:

@@ -78,6 +78,8 @@ def format_time(entry: dict) -> str:
     against = f"floor {floor:9.1f} us, share {share:5.2f}" if floor else ""
     if "meets_goal" in entry:
         against += f", goal {entry['goal_share']:.2f} {'met' if entry['meets_goal'] else 'missed'}"
+    for domain, speedup in entry.get("engine_is_faster", {}).items():
+        against += f", engine {speedup:.1f}x ({domain})"
     if "against" in entry:
         against += f", {entry['share_of_it']:.2f} of {entry['against']}"
     return (

@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests/kernels")]
 import gpu_check  # noqa: E402
+import gpu_hf  # noqa: E402
 import gpu_ops  # noqa: E402
 import gpu_sampler  # noqa: E402
 import gpu_step  # noqa: E402
@@ -236,6 +237,53 @@ def test_steps_are_timed_against_their_floor_and_goal(domain, report, monkeypatc
         ]
         assert f"goal 0.90 {'met' if is_met else 'missed'}" in format_time(times[0])
     assert outcomes(report) == {"passed": 8 * len(heads)}
+
+
+def test_hugging_faces_steps_are_timed_and_compared_with_the_engines(report, monkeypatch):
+    monkeypatch.setattr(gpu_hf, "NUM_STEPS", 3)
+    ceilings = gpu_times.Ceilings(1e12, 1e15)
+    for domain in (gpu_step.LORA, gpu_step.TWO_SETS):
+        time_tiny_steps(report, monkeypatch, domain, ceilings)
+    num_ours = len(report.content["times"])
+    gpu_hf.time_hf(
+        report, CPU, ceilings, TINY_FALCON, dtype=torch.float32, batch_sizes=(1, 3), seq_len=70
+    )
+    assert report.num_failed == 0, report.content["checks"]
+    theirs = report.content["times"][num_ours:]
+    assert [(t["num_seqs"], t["implementation"]) for t in theirs] == [
+        (num_seqs, name) for num_seqs in (1, 3) for name in gpu_hf.VERSIONS
+    ]
+    for entry in theirs:
+        # The engine's step takes 2 us, as run_once says; three sequences it has not timed.
+        speedup = pytest.approx(entry["median_us"] / 2.0, abs=0.02)
+        is_timed = entry["num_seqs"] == 1
+        expected = {gpu_step.LORA: speedup, gpu_step.TWO_SETS: speedup} if is_timed else {}
+        assert entry["engine_is_faster"] == expected
+        assert ("x (two sets)" in format_time(entry)) == is_timed
+
+
+def test_hugging_faces_captured_loop_draws_what_its_launched_one_does():
+    models = gpu_hf.Models.build(TINY_FALCON, CPU, torch.float32)
+    groups = gpu_hf.two_model_groups(models.domain, models.base, is_stacked=True)
+    variant, guidance = gpu_hf.Variant(layout="stacked"), gpu_hf.Guidance.recommended()
+    prompts, negatives = [[5, 6, 7], [8, 9]], [[1, 2, 3, 4, 5, 6, 7], [4, 8, 9]]
+    num_captures = 0
+
+    def capture(launch):
+        """As on a GPU: it runs once before, and again with other tokens and positions."""
+        nonlocal num_captures
+        num_captures += 1
+        launch()
+        return launch
+
+    drawn = [
+        gpu_hf.HfBaseline(groups, variant, guidance, how).generate(
+            prompts, negatives, num_new=8, top_p=0.9, greedy=True
+        )
+        for how in (None, capture)
+    ]
+    assert num_captures == len(groups) == 2
+    assert torch.equal(*drawn) and drawn[0].unique().numel() > 2
 
 
 def test_times_go_to_the_report_with_their_floors(report, monkeypatch):
