@@ -5,19 +5,26 @@ and how far from their floors?
 
 Builds csrc where nvcc is found, then runs the parts below and writes bench/results/gpu_NAME.json
 after every entry. A part that breaks, or a backend that is not there, is reported and the rest goes
-on. Needs no network and no installation: torch, triton, and this checkout. Exit status: 0 all
-passed, 1 something failed, 2 no GPU.
+on. Needs no network and no installation: torch, triton, and this checkout (hf: transformers).
+Exit status: 0 all passed, 1 something failed, 2 no GPU.
 
-    bits        guided_sample: Triton and CUDA against the reference, every batch and split
-    graph       the same in any slot and alone; CUDA graphs draw anew, serve another seed
-    ops         layer_norm, linear, attention against fp64; a row's bits in any batch, and in one
-                launch for two weight sets those of two launches
-    sampler     times of guided_sample against PyTorch's chain (and FlashInfer where importable)
-    step        one decode step of Falcon-7B's shape: time, floor, host syncs
-    times       layer_norm, linear against cuBLAS, two weight sets in one launch against two,
-                attention against SDPA
-    draws       a million draws of 50 and of 65,024 tokens: chi-square
-    sanitizer   compute-sanitizer's memcheck and racecheck on a short run, where it is on PATH
+The seconds are estimates for an H100, 560 in all; every entry of the result says what it took, and
+what would begin too late is skipped.
+
+    build      60 s  csrc, if it is older than its sources
+    bits       60 s  guided_sample: Triton and CUDA against the reference, every batch and split
+    graph      40 s  the same in any slot and alone; CUDA graphs draw anew, serve another seed
+    ops        60 s  layer_norm, linear, attention against fp64; a row's bits in any batch, and in
+                     one launch for two weight sets those of two launches
+    sampler    30 s  times of guided_sample against PyTorch's chain (FlashInfer where importable)
+    step       40 s  one decode step of Falcon-7B's shape with an adapter: time, floor, host syncs
+    two_sets   30 s  the same with a full fine-tune: two weight sets, some 31 GB
+    times      60 s  layer_norm, linear against cuBLAS, two weight sets in one launch against two,
+                     attention against SDPA
+    hf         50 s  a step by Hugging Face's transformers, generate and three passes, and how much
+                     faster the steps above were
+    draws      10 s  a million draws of 50 and of 65,024 tokens: chi-square
+    sanitizer 120 s  compute-sanitizer's memcheck and racecheck on a short run, where it is on PATH
 """
 
 from __future__ import annotations
@@ -35,7 +42,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests/kernels")]
-PARTS = ("build", "bits", "graph", "ops", "sampler", "step", "times", "draws", "sanitizer")
+PARTS = (
+    "build", "bits", "graph", "ops", "sampler", "step", "two_sets", "times", "hf", "draws",
+    "sanitizer",
+)  # fmt: skip
 GPU_BACKENDS = ("triton", "cuda")
 BATCH_SIZES = [*range(1, 10), 31, 32, 33, 34, 131, 132, 133, 256]
 SMALL_VOCAB_SIZES = (1, 2, 17, 1000, 1025)
@@ -227,8 +237,10 @@ def short_run(device: torch.device) -> int:
 
 
 def measure(report, device: torch.device, parts) -> None:
+    import gpu_hf
     import gpu_step
     import gpu_times
+    from checkpoints import FALCON_7B
 
     from steer_engine.config import FalconConfig
 
@@ -244,18 +256,10 @@ def measure(report, device: torch.device, parts) -> None:
             report.check(f"part {part}", function, report, *arguments)
             torch.cuda.empty_cache()
 
-    def time_steps(report) -> None:
-        from bench_falcon7b import FALCON_7B
-
-        config = FalconConfig.from_dict(FALCON_7B)
-        backend = "triton"
-        model = gpu_step.make_model(config, device, torch.bfloat16, backend)
-        for num_seqs in (1, 8, 64, 256):
-            for folds in (True, False):
-                gpu_step.time_step(report, model, num_seqs, 200, ceilings, backend, folds=folds)
-
+    config = FalconConfig.from_dict(FALCON_7B)
     run("sampler", gpu_times.time_sampler, device, ceilings)
-    run("step", time_steps)
+    run("step", gpu_step.time_steps, device, gpu_step.LORA, ceilings, config)
+    run("two_sets", gpu_step.time_steps, device, gpu_step.TWO_SETS, ceilings, config)
     for function in (
         gpu_times.time_layer_norm,
         gpu_times.time_attention,
@@ -263,6 +267,8 @@ def measure(report, device: torch.device, parts) -> None:
         gpu_times.time_grouped_linear,
     ):
         run("times", function, device, ceilings)
+    # Last: a capture that fails inside a library may leave the random numbers unusable.
+    run("hf", gpu_hf.time_hf, device, ceilings, FALCON_7B)
 
 
 def main() -> int:

@@ -76,10 +76,14 @@ def format_time(entry: dict) -> str:
     """One line of the table."""
     floor, share = entry.get("floor_us"), entry.get("share_of_floor")
     against = f"floor {floor:9.1f} us, share {share:5.2f}" if floor else ""
+    if "meets_goal" in entry:
+        against += f", goal {entry['goal_share']:.2f} {'met' if entry['meets_goal'] else 'missed'}"
+    for domain, speedup in entry.get("engine_is_faster", {}).items():
+        against += f", engine {speedup:.1f}x ({domain})"
     if "against" in entry:
         against += f", {entry['share_of_it']:.2f} of {entry['against']}"
     return (
-        f"{entry['op']:14} {entry['implementation']:22} {entry['size']:34} "
+        f"{entry['op']:14} {entry['implementation']:27} {entry['size']:35} "
         f"{entry['median_us']:10.1f} us ({entry['p20_us']:.1f} to {entry['p80_us']:.1f}) {against}"
     )
 

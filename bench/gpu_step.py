@@ -1,7 +1,12 @@
 """One decode step of Falcon-7B's shape with random weights: time, share of its floor, host syncs.
 
 A step embeds one token for each of three passes, runs all layers, computes logits, draws, and
-advances tokens and positions on the device, as the engine's own does.
+advances tokens and positions on the device, as the engine's own does. The domain is an adapter,
+whose passes share the base's weights, or a full fine-tune: a second weight set, each product of
+which is one launch with the base's (kernels/grouped_linear.py).
+
+Largest memory, at 256 sequences of 200 tokens in bf16: both weight sets 27.7 GB, K and V of room
+for 320 tokens 2.0 GB, logits 0.2 GB.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from gpu_times import Ceilings, record
 
 from steer_engine import ops
 from steer_engine.batch import ROW_ORDER, Batch, DecodeRows
-from steer_engine.checkpoint import ModuleKind, linear_shape
+from steer_engine.checkpoint import Checkpoint, ModuleKind, linear_shape
 from steer_engine.config import FalconConfig
 from steer_engine.guidance import Guidance
 from steer_engine.kv_cache import KVCache
@@ -27,10 +32,15 @@ from steer_engine.lora import LoraAdapter, LoraWeights
 from steer_engine.model import FalconModel
 
 BLOCK_SIZE, LORA_RANK, SEED = 64, 16, 5
+BATCH_SIZES, SEQ_LEN = (1, 8, 64, 256), 200
+DECODE_STEP = "decode step"
+LORA, TWO_SETS, PLAIN = "LoRA", "two sets", "plain"
+PASSES_OF_SETS = {LORA: (3,), TWO_SETS: (2, 1), PLAIN: (1,)}  # passes that a weight set serves
+GOAL_SHARES = {1: 0.9, 8: 0.9, 256: 0.75}  # of the floor, by sequences
 
 
-class RandomCheckpoint:
-    """What ModelLoader reads, made where it is needed."""
+class RandomCheckpoint(Checkpoint):
+    """What ModelLoader reads of a checkpoint, made where it is needed; no files, so no checks."""
 
     def __init__(self, config: FalconConfig, device: torch.device, dtype: torch.dtype):
         self.config, self._device, self._dtype = config, device, dtype
@@ -129,33 +139,49 @@ class Step:
 
 
 def make_model(
-    config: FalconConfig, device: torch.device, dtype: torch.dtype, backend: str
+    config: FalconConfig, device: torch.device, dtype: torch.dtype, backend: str, domain: str
 ) -> FalconModel:
-    """A LoRA domain on random weights: one weight set for all passes."""
+    """Random weights. domain: LORA, one weight set for all passes, or TWO_SETS."""
     torch.manual_seed(0)
     base = RandomCheckpoint(config, device, dtype)
-    adapter = RandomAdapter(Path(), config, {}, None, device)
-    loader = ModelLoader(base, adapter, backend, dtype, device)
+    if domain == TWO_SETS:
+        own = RandomCheckpoint(config, device, dtype)
+    else:
+        own = RandomAdapter(Path(), config, {}, None, device)
+    loader = ModelLoader(base, own, backend, dtype, device)
     return loader.load(max_model_len=4096)
 
 
 def count_weights(config: FalconConfig) -> tuple[int, int]:
-    """Of the body and of the head."""
+    """Of the body and of the head, in one set."""
     layer = sum(math.prod(linear_shape(kind, config)) for kind in ModuleKind)
     return config.num_layers * layer, config.vocab_size * config.hidden_size
 
 
-def floor_us(config: FalconConfig, num_seqs: int, seq_len: int, ceilings: Ceilings) -> float:
-    """KERNELS.md 6, one set: weights or products, whichever takes longer, and the keys."""
+def floor_us(
+    config: FalconConfig, domain: str, num_seqs: int, seq_len: int, ceilings: Ceilings
+) -> float:
+    """KERNELS.md 6, in bf16:
+
+        sum over weight sets of (cost of the body + cost of the head) + keys and values
+
+    A cost is the weights' bytes, read once, or the products, whichever takes longer. The body sees
+    a row for each pass, the head one for each sequence: a set's passes may be combined in front of
+    it. What an adapter adds is left out.
+
+    domain: of PASSES_OF_SETS.
+    """
+
+    def cost_s(num_weights: int, num_rows: int) -> float:
+        products = 2 * num_weights * num_rows
+        return max(2 * num_weights / ceilings.bytes_per_s, products / ceilings.flops_per_s)
+
     body, head = count_weights(config)
-    weights = body + head
-    products = 2 * weights * 3 * num_seqs / ceilings.flops_per_s
-    kv_bytes = (
-        3 * num_seqs * seq_len * 4 * config.num_layers * config.num_kv_heads * config.head_dim
-    )
-    return 1e6 * (
-        max(2 * weights / ceilings.bytes_per_s, products) + kv_bytes / ceilings.bytes_per_s
-    )
+    passes_of_sets = PASSES_OF_SETS[domain]
+    weights_s = sum(cost_s(body, n * num_seqs) + cost_s(head, num_seqs) for n in passes_of_sets)
+    bytes_per_key = 4 * config.num_layers * config.num_kv_heads * config.head_dim
+    kv_bytes = sum(passes_of_sets) * num_seqs * seq_len * bytes_per_key
+    return 1e6 * (weights_s + kv_bytes / ceilings.bytes_per_s)
 
 
 @torch.inference_mode()
@@ -199,6 +225,7 @@ def check_graph_of_step(step: Step, num_steps: int = 8) -> str:
 def time_step(
     report: Report,
     model: FalconModel,
+    domain: str,
     num_seqs: int,
     seq_len: int,
     ceilings: Ceilings,
@@ -208,11 +235,10 @@ def time_step(
 ) -> None:
     require(backend)
     step = Step(model, num_seqs, seq_len, backend, folds=folds)
-    name = f"B={num_seqs}, L={seq_len}, LoRA, {'folded head' if folds else 'three heads'}"
+    name = f"B={num_seqs}, L={seq_len}, {domain}, {'folded head' if folds else 'three heads'}"
     report.check(f"no host syncs in a decode step, {backend}, {name}", check_no_syncs, step)
     report.check(f"captured decode step, {backend}, {name}", check_graph_of_step, step)
-    least = floor_us(model.config, num_seqs, seq_len, ceilings)
-    rate = round(num_seqs / least * 1e6)
+    least = floor_us(model.config, domain, num_seqs, seq_len, ceilings)
 
     def call() -> None:
         step.reset()  # the same length each time
@@ -221,6 +247,37 @@ def time_step(
     for use_graph in (True, False):
         kind = f"{backend}, {'graph' if use_graph else 'single launches'}"
         record(
-            report, "decode step", kind, name, lambda: [call], least, use_graph=use_graph,
-            tokens_per_s_at_floor=rate,
+            report, DECODE_STEP, kind, name, lambda: [call], least, use_graph=use_graph,
+            # The goal is that of the step as the engine runs it, replayed.
+            goal_share=GOAL_SHARES.get(num_seqs) if use_graph else None,
+            domain=domain, num_seqs=num_seqs, seq_len=seq_len,
+            tokens_per_s_at_floor=round(num_seqs / least * 1e6),
         )  # fmt: skip
+
+
+def time_steps(
+    report: Report,
+    device: torch.device,
+    domain: str,
+    ceilings: Ceilings,
+    config: FalconConfig,
+    *,
+    backend: str = "triton",
+    dtype: torch.dtype = torch.bfloat16,
+    batch_sizes: tuple[int, ...] = BATCH_SIZES,
+    seq_len: int = SEQ_LEN,
+) -> str:
+    """Every batch size of one domain. Returns the most memory that was taken."""
+    require(backend)
+    # With two sets the domain's head has two rows per sequence anyway: those of domain and
+    # negative, or hi and lo of both combined (steer_engine/head.py).
+    folds = (False,) if domain == TWO_SETS else (True, False)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    model = make_model(config, device, dtype, backend, domain)
+    for num_seqs in batch_sizes:
+        for is_folded in folds:
+            time_step(report, model, domain, num_seqs, seq_len, ceilings, backend, folds=is_folded)
+    peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else model.num_bytes
+    return f"{peak_bytes / 2**30:.1f} GiB at most, weights {model.num_bytes / 2**30:.1f} GiB"

@@ -114,11 +114,13 @@ def record(
     *,
     use_graph: bool = True,
     against: tuple[str, Times | None] = ("", None),
+    goal_share: float | None = None,
     **more,
 ) -> Times | None:
     """Time an implementation twice, the second time for the noise, and note it.
 
     against: the name and times of another implementation, whose share this one takes.
+    goal_share: of the floor, if there is one to meet.
     Returns: the first times, or None if the backend is not there or fails.
     """
     try:
@@ -133,6 +135,9 @@ def record(
     rival, rival_times = against
     if rival_times is not None:
         more |= {"against": rival, "share_of_it": round(first.median / rival_times.median, 3)}
+    if goal_share is not None:
+        is_met = floor_us >= goal_share * first.median
+        more |= {"goal_share": goal_share, "meets_goal": is_met}
     report.time(
         {
             "op": op,

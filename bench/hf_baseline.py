@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from steer_engine import Guidance
 from steer_engine.guidance import PassKind
 
 MODES = ("plain", "steer_full", "steer_lora")
+DOMAIN_KINDS, BASE_KINDS = (PassKind.DOMAIN, PassKind.NEGATIVE), (PassKind.BASE,)
 PAD_ID = 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -79,12 +81,19 @@ class Group(NamedTuple):
     adapter: str = "as it is"  # "on", "off": switch it before the forward; "mixed": by row
 
 
-class CachedForward:
-    """One group's forward with its own KV cache over left-padded rows."""
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
-    def __init__(self, group: Group, *, compiled: bool):
+
+class CachedForward:
+    """One group's forward with its own KV cache over left-padded rows.
+
+    capture: makes a replay of a launch, as a CUDA graph; decode steps are then replays, with a
+        static cache. None: every operation is launched.
+    """
+
+    def __init__(self, group: Group, *, compiled: bool, capture: Capture | None = None):
         self.group = group
-        self._compiled = compiled
+        self._compiled, self._capture = compiled, capture
         self._decode_forward = group.model.forward
         if compiled:
             # Read when the graph is compiled, in the first decode step.
@@ -100,24 +109,66 @@ class CachedForward:
         for row, prompt in enumerate(prompts):
             input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) : longest] = 1
-        self._mask, self._length = mask, longest
+        self._mask, self._length = mask.to(self._device), longest
         self._cache = self._new_cache(len(prompts), longest + num_new)
-        positions = (mask[:, :longest].cumsum(dim=1) - 1).clamp(min=0)
-        self._positions = positions[:, -1:]
-        return self._run(self.group.model.forward, input_ids, mask[:, :longest], positions)
+        positions = (self._mask[:, :longest].cumsum(dim=1) - 1).clamp(min=0)
+        self._positions = positions[:, -1:].clone()
+        self._replay = None
+        input_ids = input_ids.to(self._device)
+        return self._run(self.group.model.forward, input_ids, self._mask[:, :longest], positions)
+
+    def begin(self, num_rows: int, length: int, num_new: int) -> None:
+        """Start rows of `length` tokens with random keys, for decode steps that are only timed.
+
+        Falcon with one K and one V head.
+        """
+        attention = self.group.model.transformer.h[0].self_attention
+        shape = (num_rows, 1, length, attention.head_dim)
+        mask = torch.zeros((num_rows, length + num_new), dtype=torch.int64, device=self._device)
+        mask[:, :length] = 1
+        self._mask, self._length = mask, length
+        self._positions = torch.full((num_rows, 1), length - 1, device=self._device)
+        self._cache = self._new_cache(num_rows, length + num_new)
+        self._replay = None
+        for layer in range(self.group.model.config.num_hidden_layers):
+            k, v = torch.randn(2, *shape, device=self._device, dtype=self.group.model.dtype)
+            self._cache.update(k, v, layer)
 
     def decode(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Append one token to every row, [num_rows]; returns the next logits."""
         self._mask[:, self._length] = 1
         self._length += 1
-        self._positions = self._positions + 1
-        if self._compiled:
-            # A mask of four dimensions and full length goes to the attention as it is, so that the
-            # graph's shapes stay.
-            mask = self._mask[:, None, None, :].bool()
-        else:
-            mask = self._mask[:, : self._length]
+        self._positions += 1
+        if self._capture is not None:
+            return self._decode_by_replay(token_ids)
+        # A mask of four dimensions and full length goes to the attention as it is, so that the
+        # graph's shapes stay.
+        mask = self._full_mask() if self._compiled else self._mask[:, : self._length]
         return self._run(self._decode_forward, token_ids[:, None], mask, self._positions)
+
+    def _decode_by_replay(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """What changes from step to step lies in tensors that stay where they are."""
+        if self._replay is None:
+            self._input_ids = token_ids[:, None].clone()
+
+            def launch() -> None:
+                self._logits = self._run(
+                    self._decode_forward, self._input_ids, self._full_mask(), self._positions
+                )
+
+            self._replay = self._capture(launch)
+            for layer in self._cache.layers:  # a capture's warm-up has advanced them
+                layer.cumulative_length.fill_(self._length - 1)
+        self._input_ids.copy_(token_ids[:, None])
+        self._replay()
+        return self._logits
+
+    def _full_mask(self) -> torch.Tensor:
+        return self._mask[:, None, None, :].bool()
+
+    @property
+    def _device(self) -> torch.device:
+        return self.group.model.device
 
     def _run(self, forward, input_ids, mask, positions) -> torch.Tensor:
         arguments = {
@@ -145,7 +196,7 @@ class CachedForward:
     def _new_cache(self, num_rows: int, max_len: int):
         from transformers import DynamicCache, StaticCache
 
-        if not self._compiled:
+        if not self._compiled and self._capture is None:
             return DynamicCache(config=self.group.model.config)
         key = (num_rows, max_len)
         if key not in self._static_caches:
@@ -157,13 +208,22 @@ class CachedForward:
 
 
 class HfBaseline:
-    """A loaded variant: generates with transformers what the engine generates."""
+    """A variant and its models: generates with transformers what the engine generates.
 
-    def __init__(self, paths: Checkpoints, mode: str, variant: Variant, guidance: Guidance):
-        self.variant, self.guidance = variant, guidance
-        self._num_passes = 1 if mode == "plain" else len(PassKind)
-        self.groups = load_groups(paths, mode, variant)
-        self._forwards = [CachedForward(g, compiled=variant.compiled) for g in self.groups]
+    capture: see CachedForward.
+    """
+
+    def __init__(
+        self,
+        groups: list[Group],
+        variant: Variant,
+        guidance: Guidance,
+        capture: Capture | None = None,
+    ):
+        self.groups, self.variant, self.guidance = groups, variant, guidance
+        self._forwards = [
+            CachedForward(group, compiled=variant.compiled, capture=capture) for group in groups
+        ]
         self._warper = None
 
     @torch.inference_mode()
@@ -182,16 +242,10 @@ class HfBaseline:
         drawn = []
         logits = self.prefill(prompts, negatives, num_new)
         for step in range(num_new):
-            token_ids = self._draw(logits, top_p, greedy)
+            token_ids = self.draw(logits, top_p, greedy)
             drawn.append(token_ids)
             if step + 1 < num_new:
-                logits = [
-                    part
-                    for forward in self._forwards
-                    for part in forward.decode(token_ids.repeat(len(forward.group.kinds))).chunk(
-                        len(forward.group.kinds)
-                    )
-                ]
+                logits = self.decode(token_ids)
         return torch.stack(drawn, dim=1)
 
     @torch.inference_mode()
@@ -206,6 +260,23 @@ class HfBaseline:
             ).chunk(len(forward.group.kinds))
         ]
 
+    @torch.inference_mode()
+    def begin(self, num_seqs: int, length: int, num_new: int) -> None:
+        """In place of prefill, see CachedForward.begin."""
+        for forward in self._forwards:
+            forward.begin(num_seqs * len(forward.group.kinds), length, num_new)
+
+    @torch.inference_mode()
+    def decode(self, token_ids: torch.Tensor) -> list[torch.Tensor]:
+        """Append a token to every sequence, [num_seqs]; logits as from prefill."""
+        return [
+            part
+            for forward in self._forwards
+            for part in forward.decode(token_ids.repeat(len(forward.group.kinds))).chunk(
+                len(forward.group.kinds)
+            )
+        ]
+
     @property
     def kinds(self) -> list[PassKind]:
         """The passes in the order of prefill's result."""
@@ -213,12 +284,14 @@ class HfBaseline:
 
     def combine(self, logits: list[torch.Tensor]) -> torch.Tensor:
         """The guidance's sum over the passes, [num_seqs, vocab_size]."""
-        if self._num_passes == 1:
+        if len(logits) == 1:
             return logits[0]
         pairs = zip(self.kinds, logits, strict=True)
         return sum(self.guidance.weights[kind] * part for kind, part in pairs)
 
-    def _draw(self, logits: list[torch.Tensor], top_p: float, greedy: bool) -> torch.Tensor:
+    @torch.inference_mode()
+    def draw(self, logits: list[torch.Tensor], top_p: float, greedy: bool) -> torch.Tensor:
+        """A token per sequence, [num_seqs]."""
         from transformers import TopPLogitsWarper
 
         combined = self.combine(logits)
@@ -231,7 +304,7 @@ class HfBaseline:
 
     def _transformers_generate(self, prompts, num_new, top_p, greedy) -> torch.Tensor:
         """transformers' own loop; prompts of one length, so no padding is needed."""
-        input_ids = torch.tensor(prompts)
+        input_ids = torch.tensor(prompts, device=self.groups[0].model.device)
         settings = {"do_sample": False} if greedy else {"do_sample": True, "top_p": top_p}
         result = self.groups[0].model.generate(
             input_ids,
@@ -247,7 +320,6 @@ class HfBaseline:
 
 def load_groups(paths: Checkpoints, mode: str, variant: Variant) -> list[Group]:
     """Load the models of a mode and say which passes run together."""
-    base_kind, own_kinds = (PassKind.BASE,), (PassKind.DOMAIN, PassKind.NEGATIVE)
     base = load_model(paths.base, variant)
     if mode == "plain":
         return [Group(base, (PassKind.DOMAIN,))]
@@ -257,13 +329,18 @@ def load_groups(paths: Checkpoints, mode: str, variant: Variant) -> list[Group]:
             domain = load_model(paths.finetune, variant)
         else:
             domain = load_adapter(load_model(paths.base, variant), paths).merge_and_unload()
-        split = [own_kinds] if is_stacked else [(kind,) for kind in own_kinds]
-        return [*(Group(domain, kinds) for kinds in split), Group(base, base_kind)]
+        return two_model_groups(domain, base, is_stacked=is_stacked)
     adapted = load_adapter(base, paths)
     if variant.lora == "mixed":
-        return [Group(adapted, own_kinds + base_kind, "mixed")]
-    split = [own_kinds] if is_stacked else [(kind,) for kind in own_kinds]
-    return [*(Group(adapted, kinds, "on") for kinds in split), Group(adapted, base_kind, "off")]
+        return [Group(adapted, DOMAIN_KINDS + BASE_KINDS, "mixed")]
+    split = [DOMAIN_KINDS] if is_stacked else [(kind,) for kind in DOMAIN_KINDS]
+    return [*(Group(adapted, kinds, "on") for kinds in split), Group(adapted, BASE_KINDS, "off")]
+
+
+def two_model_groups(domain, base, *, is_stacked: bool) -> list[Group]:
+    """Domain and base as models of their own. is_stacked: domain and negative in one batch."""
+    split = [DOMAIN_KINDS] if is_stacked else [(kind,) for kind in DOMAIN_KINDS]
+    return [*(Group(domain, kinds) for kinds in split), Group(base, BASE_KINDS)]
 
 
 def load_model(directory, variant: Variant):

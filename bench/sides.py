@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from checkpoints import Checkpoints
 from conditions import TOP_P, domain_of, sampling_of
-from hf_baseline import HfBaseline, Variant
+from hf_baseline import HfBaseline, Variant, load_groups
 from llama_baseline import LlamaVariant
 
 from steer_engine import Engine, Guidance, SamplingParams
@@ -97,7 +97,7 @@ class HfSide(Side):
     def __init__(self, paths: Checkpoints, mode: str, variant: Variant):
         self.label = f"hf {variant.label(mode)}"
         self._variant = variant
-        self._baseline = HfBaseline(paths, mode, variant, guidance_of(mode))
+        self._baseline = HfBaseline(load_groups(paths, mode, variant), variant, guidance_of(mode))
 
     def generate(self, prompts, negatives, num_new: int, *, greedy: bool = False) -> list:
         return self._baseline.generate(
