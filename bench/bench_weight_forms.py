@@ -40,6 +40,7 @@ def make_calls(shape: tuple[int, int], num_rows: int, dtype: torch.dtype) -> dic
     out = torch.empty(num_rows, out_features, dtype=dtype)
     packers = {"as is": module.pack_weight, "int8": module.pack_int8_weight}
     if dtype == torch.bfloat16:
+        module.COMPRESSING_ISAS.add(ops.cpu_isa())  # also where the engine does not
         packers["compressed"] = module.compress_weight
     calls = {}
     for form, pack in packers.items():

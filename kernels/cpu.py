@@ -37,6 +37,8 @@ __all__ = [
 PANEL_SIZE = 16  # output features that lie together in a packed weight
 COMPRESSED_INPUTS = 8  # in_features of a compressed weight are a multiple of it
 WORTHWHILE = 0.9  # of the bytes that a weight has uncompressed
+# Elsewhere products of 7 to 29 rows would be slower with it (bench/NOTES.md).
+COMPRESSING_ISAS = {"avx2", "avx512_bf16"}
 
 
 class CompressedWeight(NamedTuple):
@@ -81,14 +83,16 @@ def pack_int8_weight(weight: torch.Tensor, tail: torch.Tensor | None = None) -> 
 def compress_weight(
     weight: torch.Tensor, tail: torch.Tensor | None = None
 ) -> CompressedWeight | None:
-    """Compress a weight [out_features, in_features], or None where that saves less than a tenth.
+    """Compress a weight [out_features, in_features], or None where that saves less than a tenth, or
+    not at the machine's instruction set.
 
     Products with it have the bits of products with [weight | tail] as pack_weight packs it.
 
     tail: see CompressedWeight; [out_features, tail_features] bf16, or None.
     """
     out_features, in_features = weight.shape
-    if weight.dtype != torch.bfloat16 or in_features % COMPRESSED_INPUTS != 0:
+    is_possible = weight.dtype == torch.bfloat16 and in_features % COMPRESSED_INPUTS == 0
+    if not is_possible or torch.ops.steer_engine.cpu_isa() not in COMPRESSING_ISAS:
         return None
     data, raw = torch.ops.steer_engine.compress_weight(weight.contiguous())
     if data.nbytes + raw.nbytes > WORTHWHILE * weight.nbytes:

@@ -107,18 +107,24 @@ def any_marked(weight: cpu.CompressedWeight) -> bool:
 
 def test_a_weight_as_networks_have_takes_12_bits_a_value():
     weight = normal(256, 1024, dtype=BF16, scale=0.02)
-    compressed = cpu.compress_weight(weight)
+    compressed = compress(weight)
     bits = 8 * (compressed.data.nbytes + compressed.raw.nbytes) / weight.numel()
     assert 12.0 < bits < 12.5
 
 
-def test_what_compression_would_not_make_smaller_is_left_alone():
+def test_what_compression_would_not_make_smaller_is_left_alone(monkeypatch):
+    monkeypatch.setattr(cpu, "COMPRESSING_ISAS", {ops.cpu_isa()})
     noise = torch.randint(-(2**15), 2**15, (64, 64), dtype=torch.int16).view(BF16)
     assert cpu.compress_weight(noise) is None
     assert cpu.compress_weight(normal(64, 64)) is None, "fp32"
     assert cpu.compress_weight(normal(64, 68, dtype=BF16)) is None, "no whole units"
     assert cpu.compress_weight(normal(72, 64, dtype=BF16)) is None, "padding to 128 columns"
     assert cpu.compress_weight(normal(64, 64, dtype=BF16)) is not None
+
+
+def test_levels_where_it_would_be_slower_keep_the_plain_weight(isa):
+    compressed = cpu.compress_weight(normal(64, 64, dtype=BF16))
+    assert (compressed is not None) == (isa in ("avx2", "avx512_bf16"))
 
 
 def test_any_row_stride_and_adding_to_the_output(isa):
