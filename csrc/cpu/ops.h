@@ -10,9 +10,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "cpu/bf16.h"
-
 namespace steer {
+
+struct bf16;  // cpu/bf16.h
 
 // A packed weight is [out_features / kLanes][in_features / step][kLanes][step], zero padded; step
 // is 2 in bf16 and 1 in fp32. So 16 output columns lie side by side, as the multiply-add
