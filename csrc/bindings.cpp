@@ -117,27 +117,32 @@ std::tuple<Tensor, Tensor> pack_int8_weight_op(const Tensor& weight) {
   return {packed, scales};
 }
 
+void check_whole_units(int64_t in_features) {
+  check_that(in_features % kUnitInputs == 0, "in_features must be a multiple of " +
+                                                 std::to_string(kUnitInputs) + ", got " +
+                                                 std::to_string(in_features));
+}
+
 // The raw units are at least one, so that their address says that the weight is compressed.
 std::tuple<Tensor, Tensor> compress_weight_op(const Tensor& weight) {
   check_tensor(weight, "weight", {{"out_features"}, {"in_features"}}, {kBf16});
   const int64_t out_features = weight.size(0), in_features = weight.size(1);
-  check_that(in_features % kUnitInputs == 0, "in_features must be a multiple of " +
-                                                 std::to_string(kUnitInputs) + ", got " +
-                                                 std::to_string(in_features));
+  check_whole_units(in_features);
   const CompressedLayout layout(out_features, in_features);
   Tensor packed = torch::stable::new_empty(weight, {layout.bytes()}, kByte);
-  std::vector<int64_t> num_raw(layout.num_panels);
+  std::vector<int64_t> raw_begins(layout.num_panels + 1);
   CompressArgs args{
       .weight = data<bf16>(weight),
       .packed = mutable_data<uint8_t>(packed),
       .raw = nullptr,
-      .num_raw = num_raw.data(),
+      .raw_begins = raw_begins.data(),
       .out_features = out_features,
       .in_features = in_features,
   };
   run_tasks(layout.num_panels, args, choose_exponents);
-  const int64_t total = std::accumulate(num_raw.begin(), num_raw.end(), int64_t{0});
-  Tensor raw = torch::stable::new_empty(weight, {std::max<int64_t>(total, 1), kUnitValues}, kBf16);
+  std::partial_sum(raw_begins.begin(), raw_begins.end(), raw_begins.begin());
+  const int64_t num_raw = std::max<int64_t>(raw_begins.back(), 1);
+  Tensor raw = torch::stable::new_empty(weight, {num_raw, kUnitValues}, kBf16);
   args.raw = mutable_data<bf16>(raw);
   run_tasks(layout.num_panels, args, compress_units);
   return {packed, raw};
@@ -230,9 +235,7 @@ void linear_int8_op(const Tensor& x, const Tensor& packed, const Tensor& scales,
 
 void check_compressed(const Tensor& packed, const Tensor& raw, int64_t out_features,
                       int64_t in_features) {
-  check_that(in_features % kUnitInputs == 0, "in_features must be a multiple of " +
-                                                 std::to_string(kUnitInputs) + ", got " +
-                                                 std::to_string(in_features));
+  check_whole_units(in_features);
   check_tensor(packed, "packed",
                {{"packed_size", CompressedLayout(out_features, in_features).bytes()}}, {kByte});
   check_tensor(raw, "raw", {{"num_raw"}, {"unit_values", kUnitValues}}, {kBf16});

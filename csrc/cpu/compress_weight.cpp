@@ -107,16 +107,15 @@ void choose_exponents(const CompressArgs& a, int64_t begin, int64_t end) {
       panel.marks[i].first_raw = num_raw;
       num_raw += std::popcount(panel.marks[i].bits);
     }
-    a.num_raw[index] = num_raw;
+    a.raw_begins[index + 1] = num_raw;
   }
 }
 
 void compress_units(const CompressArgs& a, int64_t begin, int64_t end) {
   const CompressedLayout layout(a.out_features, a.in_features);
-  int64_t first_raw = 0;
-  for (int64_t index = 0; index < begin; ++index) first_raw += a.num_raw[index];
   for (int64_t index = begin; index < end; ++index) {
     const Panel panel(a, layout, index);
+    const int64_t first_raw = a.raw_begins[index];
     for (int64_t i = 0; i < layout.num_marks; ++i) panel.marks[i].first_raw += first_raw;
     bf16* raw = a.raw + first_raw * kUnitValues;
     for (int64_t unit = 0; unit < layout.num_units; ++unit) {
@@ -138,7 +137,6 @@ void compress_units(const CompressArgs& a, int64_t begin, int64_t end) {
         }
       }
     }
-    first_raw += a.num_raw[index];
   }
 }
 

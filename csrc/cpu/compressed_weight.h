@@ -111,13 +111,14 @@ struct CompressedColumns {
 struct CompressArgs {
   const bf16* weight;                 // [out_features, in_features]
   uint8_t* packed;                    // CompressedLayout
-  bf16* raw;                          // [sum of num_raw][kUnitValues]
-  int64_t* num_raw;                   // [num_panels]
+  bf16* raw;                          // [raw_begins[num_panels]][kUnitValues]
+  int64_t* raw_begins;                // [num_panels + 1], where each panel's raw units begin
   int64_t out_features, in_features;  // in_features: a multiple of kUnitInputs
 };
 
-// Tasks of both: panels. The first writes exponents, marks and num_raw; the second needs them, and
-// every panel's first_raw counted on from 0, and writes the units.
+// Tasks of both: panels. The first writes exponents, marks that count from 0 in every panel, and
+// each panel's number of raw units to raw_begins[panel + 1]. The second needs the sums of those
+// numbers there, and writes the units.
 void choose_exponents(const CompressArgs& args, int64_t begin, int64_t end);
 void compress_units(const CompressArgs& args, int64_t begin, int64_t end);
 

@@ -13,11 +13,11 @@ constexpr int kFewRowsColumnTile = std::max(kColumnTile, kRows == 1   ? 4
                                                                       : 1);
 
 // One tile's rows by all groups.
-template <int kRows, int64_t kAhead, class T, class Columns>
+template <int kRows, int64_t kAhead, int kGroups = kFewRowsColumnTile<kRows>, class T,
+          class Columns>
 inline void multiply_few_rows(const T* x, int64_t x_row_stride, const Columns& columns,
                               int64_t num_groups, int64_t k_len, float* sums,
                               int64_t sums_row_stride) {
-  constexpr int kGroups = kFewRowsColumnTile<kRows>;
   int64_t group = 0;
   for (; group + kGroups <= num_groups; group += kGroups) {
     multiply_tile<kRows, kGroups, kAhead>(x, x_row_stride, columns.from_group(group), k_len,
@@ -104,15 +104,8 @@ inline void multiply_tall_tile(int64_t num_rows, const bf16* x, int64_t x_row_st
       return;
     }
   }
-  int64_t group = 0;
-  for (; group + kTallColumnTile <= num_groups; group += kTallColumnTile) {
-    multiply_tile<kRows, kTallColumnTile, kAhead>(x, x_row_stride, columns.from_group(group), k_len,
-                                                  sums + group * kLanes, sums_row_stride);
-  }
-  for (; group < num_groups; ++group) {
-    multiply_tile<kRows, 1, kAhead>(x, x_row_stride, columns.from_group(group), k_len,
-                                    sums + group * kLanes, sums_row_stride);
-  }
+  multiply_few_rows<kRows, kAhead, kTallColumnTile>(x, x_row_stride, columns, num_groups, k_len,
+                                                    sums, sums_row_stride);
 }
 
 // num_rows: at least half of a tall tile's; all tiles get as many, or one less.

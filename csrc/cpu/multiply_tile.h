@@ -157,7 +157,7 @@ inline void multiply_tile(const T* x, int64_t x_row_stride, const PackedColumns<
 // Raw units are read one after the other, but seldom, so the machine does not see it coming.
 constexpr int64_t kRawUnitsAhead = 4;
 [[gnu::always_inline]] inline void prefetch_raw(const bf16* unit) {
-  for (int64_t i = 0; i < kUnitValues; i += 64 / sizeof(bf16)) prefetch(unit + i, 0);
+  for (int64_t i = 0; i < kUnitValues; i += 64 / sizeof(bf16)) prefetch(unit + i);
 }
 
 constexpr int kNumSumsBesideExponents = 20;

@@ -124,8 +124,8 @@ inline float maximum(F16 a) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-// 8 x 8 of the elements; to_stride: between columns.
-inline void transpose_quarter(const int32_t* const (&rows)[8], int32_t* to, int64_t to_stride) {
+// 8 x 8 of the elements; columns of `to` are 16 apart.
+inline void transpose_quarter(const int32_t* const (&rows)[8], int32_t* to) {
   __m256i a[8], b[8];
   for (int r = 0; r < 8; ++r) b[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r]));
   for (int r = 0; r < 8; r += 2) {
@@ -142,8 +142,8 @@ inline void transpose_quarter(const int32_t* const (&rows)[8], int32_t* to, int6
   for (int i = 0; i < 4; ++i) {
     const __m256i lower = _mm256_permute2x128_si256(b[i], b[4 + i], 0x20);
     const __m256i upper = _mm256_permute2x128_si256(b[i], b[4 + i], 0x31);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * to_stride), lower);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (4 + i) * to_stride), upper);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i * 16), lower);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (4 + i) * 16), upper);
   }
 }
 template <class T>
@@ -155,7 +155,7 @@ inline void transpose(const T* const (&rows)[16], int64_t at, T* to) {
       for (int r = 0; r < 8; ++r) {
         quarter[r] = reinterpret_cast<const int32_t*>(rows[row + r] + at) + column;
       }
-      transpose_quarter(quarter, columns + column * 16 + row, 16);
+      transpose_quarter(quarter, columns + column * 16 + row);
     }
   }
 }
